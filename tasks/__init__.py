@@ -1,0 +1,1 @@
+"""Task packages built on the shared low-rank core; no task imports another."""

@@ -1,0 +1,1 @@
+"""Adapter files: the native format, and atomic writing."""
