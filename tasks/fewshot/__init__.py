@@ -1,0 +1,1 @@
+"""Few-shot adaptation of CLIP models: data, recipe, evaluation, prediction."""

@@ -1,0 +1,106 @@
+"""Data sets by name: `digits`, `folder:PATH`, or one of the public few-shot sets.
+
+A data set is its class names, prompt templates and labelled items of three splits; nothing is
+decoded here.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from tasks.fewshot.folder import read_folder
+from tasks.fewshot.public_sets import PUBLIC_SETS, read_public_set
+from tasks.fewshot.sampling import Item
+from visionlora.errors import ConfigError, DataError, nearest
+
+DEFAULT_TEMPLATE = "a photo of a {}."
+DIGIT_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+DIGIT_TRAIN_POOL = 898
+"""The first 898 digits are the training pool, the last 899 the test set: other writers."""
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Class names and labelled items; `split` says whose division into train and test it is."""
+
+    name: str
+    classes: tuple[str, ...]
+    train: Sequence[Item]
+    val: Sequence[Item]
+    test: Sequence[Item]
+    templates: tuple[str, ...] = (DEFAULT_TEMPLATE,)
+    split: str = "official"
+
+    def __post_init__(self) -> None:
+        if len(self.classes) < 2:
+            raise DataError(f"data set {self.name} has one class only; at least 2 needed")
+
+
+def dataset_names() -> list[str]:
+    """Return every name that `--dataset` takes, `folder:PATH` first."""
+    return ["folder:PATH", "digits", *PUBLIC_SETS]
+
+
+def load_dataset(name: str, root: str | Path = "data", limit_test: int | None = None) -> Dataset:
+    """Return the data set called `name`; public sets are looked for, or downloaded, under `root`.
+
+    Args:
+        name: One of `dataset_names()`.
+        root: Folder of the public data sets.
+        limit_test: Keep at most this many test images, spread over the whole test set.
+    """
+    if name.startswith("folder:"):
+        path = name.removeprefix("folder:")
+        if not path:
+            raise DataError("--dataset folder: needs a path, as in folder:pictures")
+        classes, splits, own = read_folder(path)
+        split = "sampled" if own else "official"
+        dataset = Dataset(
+            name, classes, splits["train"], splits["val"], splits["test"], split=split
+        )
+    elif name == "digits":
+        dataset = digits()
+    elif name in PUBLIC_SETS:
+        classes, splits, split = read_public_set(name, Path(root).expanduser())
+        templates = (PUBLIC_SETS[name].template,)
+        dataset = Dataset(
+            name, classes, splits["train"], splits["val"], splits["test"], templates, split
+        )
+    elif Path(name).is_dir():
+        raise ConfigError(f"unknown data set {name!r}; for a folder write --dataset folder:{name}")
+    else:
+        raise ConfigError(
+            f"unknown data set {name!r}{nearest(name, dataset_names())}; "
+            f"one of {', '.join(dataset_names())}"
+        )
+    return _limited(dataset, limit_test)
+
+
+def digits() -> Dataset:
+    """Return scikit-learn's 1,797 handwritten digits (8x8), in their original order."""
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise ConfigError("the digits need scikit-learn: pip install scikit-learn") from error
+    bunch = load_digits()
+    pixels = np.round(bunch.images * (255 / 16)).astype(np.uint8)
+    items = [Item(image, int(label)) for image, label in zip(pixels, bunch.target, strict=True)]
+    return Dataset(
+        "digits",
+        DIGIT_NAMES,
+        items[:DIGIT_TRAIN_POOL],
+        [],
+        items[DIGIT_TRAIN_POOL:],
+        templates=("a photo of {}.",),
+    )
+
+
+def _limited(dataset: Dataset, limit: int | None) -> Dataset:
+    if limit is None or limit >= len(dataset.test):
+        return dataset
+    if limit < 1:
+        raise ConfigError(f"limit_test must be at least 1, got {limit}")
+    step = len(dataset.test) / limit
+    return replace(dataset, test=[dataset.test[int(index * step)] for index in range(limit)])

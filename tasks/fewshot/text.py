@@ -1,0 +1,93 @@
+"""Class names to text features: prompts tokenised once and cut at the longest one.
+
+CLIP pads every prompt to 77 tokens and reads the feature at the end-of-text token. Under a causal
+mask no token sees what follows it, so cutting all prompts after the longest end-of-text changes
+nothing and saves most of the text tower's work and memory.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from open_clip.transformer import TextTransformer, text_global_pool
+from torch import Tensor, nn
+
+from visionlora.errors import ConfigError
+
+
+def check_templates(templates: Sequence[str]) -> None:
+    """Refuse templates that do not name the class exactly once."""
+    if not templates:
+        raise ConfigError("at least one prompt template is needed, as in 'a photo of a {}.'")
+    for template in templates:
+        if template.count("{}") != 1:
+            raise ConfigError(
+                f"a prompt template must hold '{{}}' once, for the class name; got {template!r}"
+            )
+
+
+def tokenize(
+    classes: Sequence[str], templates: Sequence[str], tokenizer: Callable[[list[str]], Tensor]
+) -> Tensor:
+    """Return tokens `[templates, classes, context]`; `_` in a class name is read as a space."""
+    check_templates(templates)
+    names = [name.replace("_", " ") for name in classes]
+    return torch.stack(
+        [tokenizer([template.replace("{}", name) for name in names]) for template in templates]
+    )
+
+
+def text_features(clip: nn.Module, tokens: Tensor) -> Tensor:
+    """Return one unit feature per class, `[classes, dim]`: the normalised mean over templates."""
+    templates, classes, context = tokens.shape
+    flat = tokens.reshape(templates * classes, context)
+    features = F.normalize(encode_text(clip, flat), dim=-1)
+    if templates == 1:
+        return features
+    return F.normalize(features.unflatten(0, (templates, classes)).mean(0), dim=-1)
+
+
+def encode_text(clip: nn.Module, tokens: Tensor) -> Tensor:
+    """Return what `clip.encode_text(tokens)` returns, on prompts cut at the longest end-of-text.
+
+    Towers that are not causal, or do not read the end-of-text token, get the full length.
+    """
+    tower = text_tower(clip)
+    if not can_be_cut(tower):
+        features: Tensor = clip.encode_text(tokens)
+        return features
+    length = int(_end_of_text(tower, tokens).max()) + 1
+    tokens = tokens[:, :length]
+    dtype = tower.transformer.get_cast_dtype()
+    x = tower.token_embedding(tokens).to(dtype) + tower.positional_embedding[:length].to(dtype)
+    x = tower.transformer(x, attn_mask=tower.attn_mask[:length, :length])
+    x = tower.ln_final(x)
+    x = text_global_pool(x, tokens, _pool(tower), eos_token_id=_eos(tower))
+    if isinstance(tower.text_projection, nn.Linear):
+        return tower.text_projection(x)
+    return x if tower.text_projection is None else x @ tower.text_projection
+
+
+def text_tower(clip: nn.Module) -> Any:
+    """Return the module that holds the text transformer: the model itself, or its `text`."""
+    return getattr(clip, "text", clip)
+
+
+def can_be_cut(tower: Any) -> bool:
+    """Tell whether cutting is exact: causal mask, pooled at end-of-text, nothing appended."""
+    if isinstance(tower, TextTransformer) and (tower.cls_emb is not None or tower.use_pad_mask):
+        return False
+    return getattr(tower, "attn_mask", None) is not None and _pool(tower) in ("argmax", "eos")
+
+
+def _pool(tower: Any) -> str:
+    return str(getattr(tower, "text_pool_type", getattr(tower, "pool_type", "")))
+
+
+def _eos(tower: Any) -> int | None:
+    return getattr(tower, "text_eos_id", getattr(tower, "eos_id", None))
+
+
+def _end_of_text(tower: Any, tokens: Tensor) -> Tensor:
+    return (tokens == _eos(tower)).int().argmax(1) if _pool(tower) == "eos" else tokens.argmax(1)
