@@ -1,0 +1,92 @@
+"""What a training dynamics sees and when: the events around one optimiser step.
+
+```
+on_step_begin      before the first forward: masks, noise seeds, perturbations
+  (forward and backward over all micro-batches; gradients unscaled and averaged over processes)
+second_pass        for the one dynamics that wants it: may call `context.backward_again()`
+on_grads_ready     gradients are final up to clipping
+  (clipping)
+on_grads_clipped   the last look at the gradients
+  (optimizer.step)
+on_step_end        always, also after a skipped step, so that a perturbation can be taken back
+  (zero_grad)
+```
+
+A step with a non-finite loss or gradient goes from its backward straight to `on_step_end`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+
+@dataclass
+class StepContext:
+    """One step as its dynamics see it."""
+
+    step: int
+    """Index of the step, from 0; a skipped step counts."""
+    model: nn.Module
+    """The model, inside its data-parallel wrapper if it has one."""
+    optimizer: torch.optim.Optimizer
+    """The plain optimiser, whose state may be read and edited."""
+    replay: Callable[[], None]
+    """Body of `backward_again`, supplied by the Stepper."""
+    loss: float | None = None
+    """Mean loss over micro-batches and processes, known after the backward."""
+    grad_norm: float | None = None
+    """Global gradient norm before clipping, known after the backward."""
+    skipped: bool = False
+    """Whether the step was given up because of a non-finite loss or gradient."""
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """Parameters of the optimiser that are trainable at this moment."""
+        return trainable(self.optimizer)
+
+    def backward_again(self) -> None:
+        """Replace all gradients by those of the same micro-batches at the current parameters.
+
+        Random draws of the model repeat those of the first pass, and running statistics of
+        normalisation layers stay as the first pass left them. Call it from `second_pass`.
+        """
+        self.replay()
+
+
+class Dynamics:
+    """Base of all dynamics: every event does nothing until a subclass says otherwise."""
+
+    name: str = "dynamics"
+    """Key of the state in a checkpoint; unique within a run."""
+    wants_second_pass: bool = False
+    """Whether `second_pass` is called; at most one dynamics of a run may ask for it."""
+
+    def on_step_begin(self, context: StepContext) -> None:
+        """Act before the first forward."""
+
+    def second_pass(self, context: StepContext) -> None:
+        """Compute gradients a second time and combine them with the first."""
+
+    def on_grads_ready(self, context: StepContext) -> None:
+        """Act on complete gradients before clipping."""
+
+    def on_grads_clipped(self, context: StepContext) -> None:
+        """Act on the gradients that the optimiser is about to use."""
+
+    def on_step_end(self, context: StepContext) -> None:
+        """Act after the optimiser, or after a skipped step."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run needs: nested dicts and lists of numbers and tensors."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+
+
+def trainable(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    """Return the parameters of `optimizer` that require gradients, in order."""
+    return [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
