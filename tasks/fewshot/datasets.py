@@ -36,6 +36,8 @@ class Dataset:
     def __post_init__(self) -> None:
         if len(self.classes) < 2:
             raise DataError(f"data set {self.name} has one class only; at least 2 needed")
+        if twice := [name for name in self.classes if self.classes.count(name) > 1]:
+            raise DataError(f"two classes of {self.name} are both called {twice[0]!r}")
 
 
 def dataset_names() -> list[str]:

@@ -4,19 +4,27 @@ One pass scores every image against every class. Class prompts do not see each o
 accuracy within a label set (base or new classes) is read off the same scores.
 """
 
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tasks.fewshot.classifier import Classifier
+from tasks.fewshot.classifier import LOGIT_SCALE, Classifier
 from tasks.fewshot.images import Transform, decode_all, evaluation_pixels
 from tasks.fewshot.sampling import Item
-from visionlora.errors import DataError
+from visionlora.errors import ConfigError, DataError
 
+HALF: dict[str, Callable[[str], AbstractContextManager[Any]]] = {
+    "fp32": lambda _: nullcontext(),
+    "bf16": lambda kind: torch.autocast(kind, torch.bfloat16),
+    "fp16": lambda kind: torch.autocast(kind, torch.float16),
+}
 BATCH = {"cpu": 64, "cuda": 256}
 CACHE_BYTES = 2 << 30
 """Decoded test images stay in memory up to this size, since every seed needs them again."""
@@ -99,19 +107,18 @@ class Scores:
 
 
 @torch.inference_mode()
-def score(model: Classifier, images: TestImages, device: torch.device) -> Scores:
-    """Score all test images in evaluation mode; training mode is restored afterwards."""
-    was_training = model.training
+def score(
+    model: Classifier, images: TestImages, device: torch.device, precision: str = "fp32"
+) -> Scores:
+    """Score all test images, in evaluation mode."""
     model.eval()
-    try:
+    logits, labels = [], []
+    with HALF[precision](device.type):
         classes = model.class_features()
-        logits, labels = [], []
         for pixels, truth in images.batches(BATCH.get(device.type, 64)):
             features = model.image_features(pixels.to(device))
-            logits.append((100 * features @ classes.t()).float().cpu())
+            logits.append((LOGIT_SCALE * features @ classes.t()).float().cpu())
             labels.append(truth)
-    finally:
-        model.train(was_training)
     if not labels:
         raise DataError(f"none of the {len(images.items)} test images can be read")
     return Scores(torch.cat(logits).numpy(), torch.cat(labels).numpy())
@@ -120,3 +127,23 @@ def score(model: Classifier, images: TestImages, device: torch.device) -> Scores
 def harmonic_mean(base: float, new: float) -> float:
     """Return `2bn / (b + n)`, and 0 if both are 0."""
     return 2 * base * new / (base + new) if base + new else 0.0
+
+
+def pick_device(name: str) -> torch.device:
+    """Return the device a user named, or for `auto` the best one that this machine has."""
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda", local)
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"device {name!r} is none of auto, cpu, cuda, cuda:N, mps") from error
+    if device.type == "cuda":
+        device = torch.device("cuda", local if device.index is None else device.index)
+        if device.index >= torch.cuda.device_count():
+            raise ConfigError(
+                f"device {name!r} is not there: {torch.cuda.device_count()} GPUs found"
+            )
+    return device

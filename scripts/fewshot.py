@@ -1,0 +1,26 @@
+"""Adapt a CLIP model to a few labelled images per class, or classify pictures with the result.
+
+python scripts/fewshot.py [options]                                  train and test, see --help
+python scripts/fewshot.py predict --adapter DIR --images FOLDER      use a saved adapter
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from tasks.fewshot import predict, train
+from tasks.fewshot.config import FewshotConfig
+from visionlora.training.cli import parse, run_cli
+
+
+def main() -> None:
+    """Parse the command line and run the task."""
+    if sys.argv[1:2] == ["predict"]:
+        predict.run(parse(predict.PredictConfig, sys.argv[2:]))
+    else:
+        train.run(parse(FewshotConfig))
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,148 @@
+"""Settings of a few-shot run, and the recipe that fills what the user leaves open."""
+
+import dataclasses
+import re
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from tasks.fewshot.classifier import Encoder
+from tasks.fewshot.images import Augmentation
+from tasks.fewshot.sampling import ShortClass
+from tasks.fewshot.text import check_templates
+from visionlora.config import LowRankConfig
+from visionlora.errors import ConfigError
+from visionlora.registry import build_config, get_method
+
+ADAM_BETAS = (0.9, 0.999)
+WEIGHT_DECAY = 1e-2
+ETA_MIN = 1e-6
+"""The cosine schedule ends at this learning rate."""
+
+RECIPE = {"rank": 2, "alpha": 1.0, "scaling": "rslora", "dropout": 0.25}
+"""CLIP-LoRA's adapter options, for methods that train a factor pair; `--adapter.*` overrides."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FewshotConfig:
+    """Adapt a CLIP model to a few labelled images per class; zero-shot is measured first."""
+
+    backbone: str = "tiny"
+    """tiny, ViT-B/16, ViT-B/32, ViT-L/14 or any model name of open_clip."""
+    pretrained: str | None = None
+    """Weights: a tag of open_clip, a file, or none (random, for timing only)."""
+    dataset: str = "digits"
+    """digits, folder:PATH, or caltech101, pets, flowers102, food101, aircraft, sun397, dtd, ..."""
+    root: str = "data"
+    """Folder where the public data sets lie or are downloaded to."""
+    setting: Literal["all", "base-to-new"] = "all"
+    """all: every class; base-to-new: train on the first half, test both halves."""
+    shots: int = 16
+    """Training images per class."""
+    short_class: ShortClass = "keep"
+    """A class with fewer images than shots: keep all it has, or repeat some."""
+    template: list[str] | None = None
+    """Prompts with {} for the class name; several are averaged. Default: the data set's own."""
+    method: str = "block-lora"
+    """Registered method or preset."""
+    adapter: dict[str, Any] = field(default_factory=dict)
+    """Options of the method, as in --adapter.rank 2 --adapter.layout grid."""
+    encoder: Encoder = "both"
+    """Which towers get adapters."""
+    params: list[str] = field(default_factory=lambda: ["q", "k", "v"])
+    """Which projections: any of q k v out mlp."""
+    lr: float | None = None
+    """Learning rate; default from the backbone's recipe."""
+    steps: int | None = None
+    """Optimiser steps; default from the backbone's recipe (ViT: 500 per shot)."""
+    batch_size: int = 32
+    """Images per step, over all processes."""
+    seed: list[int] = field(default_factory=lambda: [1])
+    """Run seeds: which shots are drawn, initial values, order, augmentation, dropout."""
+    output: str | None = None
+    """Run folder; default runs/fewshot/<name>, numbered if that is taken."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:N or mps."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Precision of the forward passes; adapters stay in fp32."""
+    checkpoint_every: int = 100
+    """Steps between checkpoints; 0 for none."""
+    resume: bool = False
+    """Continue the run in the output folder."""
+    overwrite: bool = False
+    """Replace the run in the output folder."""
+    limit_steps: int | None = None
+    """Train at most this many steps, for a quick look."""
+    limit_test: int | None = None
+    """Test on at most this many images, for a quick look."""
+    strict: bool = False
+    """Refuse unreadable images instead of leaving them out."""
+
+    def __post_init__(self) -> None:
+        """Check ranges, and that the method has the options."""
+        for name in ("shots", "steps", "batch_size", "limit_steps", "limit_test"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+        if self.lr is not None and not 0 < self.lr < float("inf"):
+            raise ConfigError(f"--lr must be positive, got {self.lr}")
+        if not self.seed or min(self.seed) < 0 or len(set(self.seed)) < len(self.seed):
+            raise ConfigError(f"--seed needs different numbers from 0 on, got {self.seed}")
+        if self.template is not None:
+            check_templates(self.template)
+        self.adapter_options(self.seed[0])
+
+    def resolved(self, templates: tuple[str, ...]) -> "FewshotConfig":
+        """Return the settings with everything filled in that the user left open."""
+        preset = PRESETS.get(self.backbone, PRESETS["default"])
+        options = self.adapter_options(0)
+        steps = self.steps or preset.steps_per_shot * self.shots
+        return dataclasses.replace(
+            self,
+            lr=self.lr or preset.lr,
+            steps=min(steps, self.limit_steps or steps),
+            template=self.template or list(templates),
+            adapter={key: value for key, value in options.items() if key != "seed"},
+        )
+
+    def adapter_options(self, seed: int) -> dict[str, Any]:
+        """Return all options of the method: recipe, then the user's, then the run's seed."""
+        fields = get_method(self.method).config
+        own = {item.name for item in dataclasses.fields(fields)}
+        recipe = RECIPE if issubclass(fields, LowRankConfig) else {}
+        options = {key: value for key, value in recipe.items() if key in own}
+        config = build_config(self.method, {**options, **self.adapter, "seed": seed})
+        return dataclasses.asdict(config)
+
+    @property
+    def augmentation(self) -> Augmentation:
+        """How training images vary.
+
+        Characters are shifted, since a crop or a flip would turn them into others. With a frozen
+        vision tower image features are computed once, from unchanged images.
+        """
+        if self.encoder == "text":
+            return "none"
+        return "shift" if self.backbone == "tiny" or self.dataset == "digits" else "crop"
+
+    @property
+    def run_name(self) -> str:
+        """Name of the default output folder."""
+        parts = [self.dataset.removeprefix("folder:"), self.backbone, self.method]
+        parts.append(f"{self.shots}shot")
+        parts += ["base-to-new"] if self.setting == "base-to-new" else []
+        return "-".join(re.sub(r"[^A-Za-z0-9]+", "-", part).strip("-") for part in parts)
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Learning rate and length that suit a backbone."""
+
+    lr: float
+    steps_per_shot: int
+
+
+PRESETS = {
+    # CLIP-LoRA's published recipe.
+    "default": Preset(lr=2e-4, steps_per_shot=500),
+    "tiny": Preset(lr=5e-3, steps_per_shot=20),
+}

@@ -1,0 +1,98 @@
+"""What all seeds of a run share: data, frozen backbone, settings, test images."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+import visionlora as vl
+from tasks.fewshot.backbones import Backbone, load_backbone
+from tasks.fewshot.classifier import Classifier, adapter_targets
+from tasks.fewshot.config import FewshotConfig
+from tasks.fewshot.datasets import Dataset, load_dataset
+from tasks.fewshot.evaluate import Scores, TestImages, harmonic_mean, pick_device, score
+from tasks.fewshot.sampling import base_and_new
+from tasks.fewshot.shots import Shots, load_shots
+from tasks.fewshot.text import tokenize
+from visionlora.errors import DataError
+
+
+@dataclass
+class Experiment:
+    """What all seeds of a run share."""
+
+    config: FewshotConfig
+    dataset: Dataset
+    backbone: Backbone
+    device: torch.device
+    tokens: Tensor
+    test: TestImages
+
+    @property
+    def trained_classes(self) -> range:
+        """The labels that are trained: all, or the base half."""
+        count = len(self.dataset.classes)
+        return base_and_new(count)[0] if self.config.setting == "base-to-new" else range(count)
+
+    def classifier(self, labels: range | None = None) -> Classifier:
+        """Return the model as a classifier over `labels` (all, unless given)."""
+        tokens = self.tokens if labels is None else self.tokens[:, labels.start : labels.stop]
+        model = Classifier(self.backbone.clip, tokens, self.backbone.transform, self.config.encoder)
+        return model.to(self.device)
+
+    def inject(self, seed: int) -> int:
+        """Put a fresh adapter into the backbone and return its number of trainable scalars."""
+        clip, config = self.backbone.clip, self.config
+        targets, exclude = adapter_targets(clip, config.encoder, config.params)
+        vl.inject(clip, config.method, targets, exclude=exclude, **config.adapter_options(seed))
+        return sum(parameter.numel() for _, parameter in vl.trainable_parameters(clip))
+
+    def shots(self, seed: int) -> Shots:
+        """Draw and decode the training images of one seed."""
+        return load_shots(
+            self.dataset,
+            self.config.shots,
+            seed,
+            self.backbone.transform,
+            self.config.augmentation,
+            labels=self.trained_classes,
+            short_class=self.config.short_class,
+            strict=self.config.strict,
+        )
+
+    def score(self) -> Scores:
+        """Score the test images with the backbone as it is now."""
+        return score(self.classifier(), self.test, self.device, self.config.precision)
+
+    def figures(self, scores: Scores) -> dict[str, float]:
+        """Return the accuracies of this setting, in percent."""
+        found = {"accuracy": scores.accuracy()}
+        if self.config.setting == "base-to-new":
+            base, new = (scores.accuracy(part) for part in base_and_new(len(self.dataset.classes)))
+            found |= {"base": base, "new": new, "harmonic_mean": harmonic_mean(base, new)}
+        return found
+
+
+def prepare(config: FewshotConfig) -> Experiment:
+    """Load data and backbone, and check that everything fits, before anything is written."""
+    device = pick_device(config.device)
+    dataset = load_dataset(config.dataset, config.root, config.limit_test)
+    if config.setting == "base-to-new" and len(dataset.classes) < 4:
+        raise DataError(
+            f"base-to-new needs at least 4 classes, {dataset.name} has {len(dataset.classes)}"
+        )
+    backbone = load_backbone(config.backbone, config.pretrained)
+    config = config.resolved(dataset.templates)
+    tokens = tokenize(dataset.classes, config.template or (), backbone.tokenizer)
+    backbone.clip.to(device)
+    experiment = Experiment(
+        config,
+        dataset,
+        backbone,
+        device,
+        tokens,
+        TestImages(dataset.test, backbone.transform, config.strict),
+    )
+    experiment.inject(config.seed[0])
+    vl.eject(backbone.clip)
+    return experiment

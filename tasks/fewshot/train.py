@@ -1,0 +1,189 @@
+"""One few-shot run: zero-shot, then train, evaluate and save an adapter for every seed."""
+
+import json
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import visionlora as vl
+from tasks.fewshot.adapter_files import Description, save_adapter
+from tasks.fewshot.classifier import Classifier
+from tasks.fewshot.config import ADAM_BETAS, ETA_MIN, WEIGHT_DECAY, FewshotConfig
+from tasks.fewshot.evaluate import Scores
+from tasks.fewshot.experiment import Experiment, prepare
+from tasks.fewshot.output import open_run, taken_back_on_error
+from tasks.fewshot.pictures import save_confusion
+from tasks.fewshot.report import print_note, print_result
+from tasks.fewshot.results import read_matrix, summarise, write_matrix
+from tasks.fewshot.sampling import short_classes
+from tasks.fewshot.shots import Batches, FeatureBatches, Shots
+from visionlora.training import FitResult, RunDirectory, TrainSettings, cosine, fit
+
+MAY_CHANGE = ("output", "resume", "overwrite", "device", "seed", "checkpoint_every")
+"""Settings that may differ when a run is resumed; seeds may be added."""
+
+
+def run(config: FewshotConfig) -> dict[str, Any]:
+    """Carry out a run and return what is written to its result.json.
+
+    Raises:
+        VisionLoraError: a setting, an image or a file that cannot be used.
+    """
+    began = time.monotonic()
+    experiment = prepare(config)
+    config = experiment.config
+    directory, made = open_run(config)
+    with taken_back_on_error(made):
+        first = experiment.shots(config.seed[0])
+        zero_scores = experiment.score()
+        zero = experiment.figures(zero_scores)
+        directory.write_config(config, volatile=MAY_CHANGE)
+    _announce(experiment, zero, directory)
+    before = time.monotonic() - began
+    seeds = [
+        run_seed(experiment, seed, directory.child(f"seed_{seed}"), first if not index else None)
+        for index, seed in enumerate(config.seed)
+    ]
+    result = summarise(experiment, zero, seeds, before)
+    if directory.main:
+        confusion = sum(
+            read_matrix(directory.path / f"seed_{s}/confusion.csv") for s in config.seed
+        )
+        save_confusion(
+            confusion,
+            experiment.dataset.classes,
+            f"{config.dataset}, {config.method}, {config.shots} shots: {result['accuracy']:.1f} %",
+            directory.path / "confusion.png",
+        )
+    result = directory.write_result(result)
+    if directory.main:
+        print_result(result, directory.path)
+    return result
+
+
+def run_seed(
+    experiment: Experiment, seed: int, directory: RunDirectory, shots: Shots | None
+) -> dict[str, Any]:
+    """Train, evaluate and save one seed; a seed that is finished is only read."""
+    done = directory.path / "result.json"
+    if directory.resume and done.is_file():
+        result: dict[str, Any] = json.loads(done.read_text(encoding="utf-8"))
+        return result
+    config, clip = experiment.config, experiment.backbone.clip
+    shots = shots or experiment.shots(seed)
+    trainable = experiment.inject(seed)
+    try:
+        fitted = adapt(experiment, seed, shots, directory)
+        with vl.merged(clip):
+            scores = experiment.score()
+        figures = experiment.figures(scores)
+        if directory.main:
+            save_adapter(directory.path, clip, _describe(experiment))
+            write_matrix(scores.confusion(), experiment.dataset.classes, directory.path)
+    finally:
+        vl.eject(clip)
+    return directory.write_result(
+        {
+            "seed": seed,
+            "shots": config.shots,
+            **{key: round(value, 4) for key, value in figures.items()},
+            "per_class": _per_class(experiment, scores),
+            "train_loss": fitted.loss,
+            "steps": fitted.steps,
+            "trainable_parameters": trainable,
+            "step_seconds": fitted.step_seconds,
+            "skipped_train_images": len(shots.skipped),
+        }
+    )
+
+
+def adapt(experiment: Experiment, seed: int, shots: Shots, directory: RunDirectory) -> FitResult:
+    """Train the injected adapter on the shots."""
+    config, transform = experiment.config, experiment.backbone.transform
+    model = experiment.classifier(experiment.trained_classes)
+    batches = Batches(shots, transform.size, config.batch_size, config.augmentation, seed)
+    source: Callable[[int], tuple[Tensor, Tensor]] = batches
+    model.train()
+    if config.encoder == "vision":
+        model.cache_text()
+    elif config.encoder == "text":
+        model.clip.visual.eval()
+        source = FeatureBatches(batches, _frozen_features(model, shots))
+    assert config.lr is not None
+    assert config.steps is not None
+    optimizer = torch.optim.AdamW(
+        [parameter for _, parameter in vl.trainable_parameters(experiment.backbone.clip)],
+        lr=config.lr,
+        betas=ADAM_BETAS,
+        weight_decay=WEIGHT_DECAY,
+    )
+    settings = TrainSettings(
+        steps=config.steps,
+        precision=config.precision,
+        checkpoint_every=config.checkpoint_every,
+        seed=seed,
+        device=config.device,
+    )
+    schedule = cosine(config.steps, floor=min(1.0, ETA_MIN / config.lr))
+    fitted = fit(model, optimizer, _loss, source, settings, directory, schedule=schedule)
+    model.eval()
+    return fitted
+
+
+def _loss(model: torch.nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    images, labels = batch
+    return F.cross_entropy(model(images).float(), labels)
+
+
+@torch.no_grad()
+def _frozen_features(model: Classifier, shots: Shots) -> Tensor:
+    """Return the features of the training images, which a frozen vision tower never changes."""
+    device = model.mean.device
+    batches = [torch.stack(shots.images[i : i + 64]) for i in range(0, len(shots.images), 64)]
+    return torch.cat([model.image_features(batch.to(device)).cpu() for batch in batches])
+
+
+def _describe(experiment: Experiment) -> Description:
+    config, backbone = experiment.config, experiment.backbone
+    return Description(
+        backbone=config.backbone,
+        pretrained=config.pretrained,
+        classes=list(experiment.dataset.classes),
+        templates=list(config.template or ()),
+        transform=backbone.transform.to_dict(),
+        method=config.method,
+        dataset=config.dataset,
+        random_weights=backbone.random_weights,
+    )
+
+
+def _per_class(experiment: Experiment, scores: Scores) -> dict[str, float | None]:
+    return {
+        name: None if value is None else round(value, 2)
+        for name, value in zip(experiment.dataset.classes, scores.per_class(), strict=True)
+    }
+
+
+def _announce(experiment: Experiment, zero: dict[str, float], directory: RunDirectory) -> None:
+    """Say what was found in the data, and the zero-shot accuracy, before training starts."""
+    if not directory.main:
+        return
+    config, dataset = experiment.config, experiment.dataset
+    if experiment.backbone.random_weights:
+        print_note("random weights: accuracies mean nothing, only timings do")
+    if short := short_classes(dataset.train, config.shots):
+        label, count = min(short.items(), key=lambda pair: pair[1])
+        what = "all are used" if config.short_class == "keep" else "some are repeated"
+        print_note(
+            f"{len(short)} of {len(dataset.classes)} classes have fewer than {config.shots} "
+            f"training images ({dataset.classes[label]!r} has {count}): {what}"
+        )
+    if skipped := experiment.test.skipped:
+        print_note(f"{len(skipped)} unreadable test images left out, first: {skipped[0]}")
+    figures = ", ".join(f"{key.replace('_', ' ')} {value:.1f} %" for key, value in zero.items())
+    count = len(dataset.test) - len(experiment.test.skipped)
+    print_note(f"zero-shot on {count} test images of {len(dataset.classes)} classes: {figures}")

@@ -1,0 +1,108 @@
+"""Backbones by name: the right configuration, and quick clear errors without network."""
+
+import time
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from tasks.fewshot import backbones
+from tasks.fewshot.backbones import load_backbone
+from visionlora.errors import ConfigError, DataError
+
+
+@pytest.fixture
+def offline(monkeypatch, tmp_path):
+    """An empty cache and a proxy that nobody serves."""
+    for name in ("https_proxy", "HTTPS_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["ViT-B/16", "ViT-B-32-quickgelu"])
+def test_missing_weights_without_network_are_explained_within_ten_seconds(offline, name):
+    began = time.monotonic()
+    with pytest.raises(ConfigError) as caught:
+        load_backbone(name, "openai")
+    assert time.monotonic() - began < 10
+    message = str(caught.value)
+    assert "\n" not in message
+    for way in ("--pretrained FILE", "cache", "--backbone tiny", "--pretrained none"):
+        assert way in message
+
+
+def test_a_silent_host_is_given_up(monkeypatch):
+    monkeypatch.setattr(backbones, "PROBE_SECONDS", 0.2)
+    monkeypatch.setattr("urllib.request.urlopen", lambda *args, **kwargs: time.sleep(30))
+    began = time.monotonic()
+    assert "did not answer" in backbones._unreachable("https://example.org/weights")
+    assert time.monotonic() - began < 5
+
+
+@pytest.mark.parametrize(
+    ("name", "tag", "config"),
+    [
+        ("ViT-B/16", "openai", "ViT-B-16-quickgelu"),
+        ("ViT-B/32", "openai", "ViT-B-32-quickgelu"),
+        ("ViT-L/14", "openai", "ViT-L-14-quickgelu"),
+        ("ViT-L/14@336px", "openai", "ViT-L-14-336-quickgelu"),
+        ("ViT-B/16", "laion2b_s34b_b88k", "ViT-B-16"),
+        ("ViT-B-16", "laion2b_s34b_b88k", "ViT-B-16"),
+        ("ViT-B-16-quickgelu", "openai", "ViT-B-16-quickgelu"),
+    ],
+)
+def test_the_configuration_has_the_activation_of_the_weights(offline, name, tag, config):
+    with pytest.raises(ConfigError, match=f"no weights for {config} "):
+        load_backbone(name, tag)
+
+
+@pytest.mark.parametrize(
+    ("name", "pretrained", "message"),
+    [
+        ("ViT-B-16", "openai", "quick-GELU.*use --backbone ViT-B-16-quickgelu"),
+        ("ViT-B/61", None, "did you mean 'ViT-B/16'"),
+        ("RN50", None, "needs --pretrained"),
+        ("ViT-B/16", "opnai", "did you mean 'openai'"),
+        ("tiny", "openai", "carries its own weights"),
+    ],
+)
+def test_wrong_names_and_weights_are_refused(name, pretrained, message):
+    with pytest.raises(ConfigError, match=message):
+        load_backbone(name, pretrained)
+
+
+def test_a_file_of_something_else_is_refused(tmp_path):
+    file = tmp_path / "weights.safetensors"
+    save_file({"x": torch.zeros(2)}, file)
+    with pytest.raises(DataError, match="does not hold weights of ViT-S-32-alt") as caught:
+        load_backbone("ViT-S-32-alt", str(file))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_weights_file_is_loaded(tmp_path):
+    donor = load_backbone("ViT-S-32-alt", "none")
+    assert donor.random_weights
+    state = {key: value + 1 for key, value in donor.clip.state_dict().items()}
+    file = tmp_path / "weights.safetensors"
+    save_file(state, file)
+    loaded = load_backbone("ViT-S-32-alt", str(file))
+    assert not loaded.random_weights
+    assert all(torch.equal(value, state[key]) for key, value in loaded.clip.state_dict().items())
+
+
+def test_random_weights_are_the_same_every_time_and_leave_the_global_stream_alone():
+    state = torch.get_rng_state()
+    first = load_backbone("ViT-S-32-alt", "none").clip
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(7)
+    second = load_backbone("ViT-S-32-alt", "none").clip
+    torch.set_rng_state(state)
+    assert torch.equal(first.text_projection, second.text_projection)
+
+
+def test_tiny_is_ready_offline(offline):
+    backbone = load_backbone("tiny")
+    assert backbone.transform.size == 16
+    assert not backbone.random_weights
+    assert not any(parameter.requires_grad for parameter in backbone.clip.parameters())

@@ -1,0 +1,80 @@
+"""Prompts cut at the longest end-of-text give the features of full prompts."""
+
+import open_clip
+import pytest
+import torch
+from open_clip.model import CLIPTextCfg, CLIPVisionCfg
+
+from tasks.fewshot.text import can_be_cut, encode_text, text_features, text_tower, tokenize
+from visionlora.errors import ConfigError
+
+VISION = CLIPVisionCfg(layers=1, width=32, head_width=16, patch_size=8, image_size=16)
+CLASSES = ("cat", "a very long name of some strange animal", "red_fox")
+
+
+def build(kind: type = open_clip.CLIP, **text) -> torch.nn.Module:
+    """Return a small untrained model with a text tower of 77 tokens."""
+    torch.manual_seed(0)
+    options = {"width": 32, "heads": 2, "layers": 2, **text}
+    return kind(32, VISION, CLIPTextCfg(**options)).eval()
+
+
+@pytest.mark.parametrize(
+    ("kind", "text"),
+    [
+        (open_clip.CLIP, {}),
+        (open_clip.CLIP, {"pool_type": "eos", "eos_id": 49407}),
+        (open_clip.CustomTextCLIP, {"proj_bias": True}),
+        (open_clip.CustomTextCLIP, {"proj_type": "none", "output_dim": 32}),
+    ],
+    ids=["argmax", "eos", "bias", "no-projection"],
+)
+def test_cut_prompts_equal_full_prompts(kind, text):
+    text = {key: value for key, value in text.items() if key != "output_dim"}
+    model = build(kind, **text)
+    tokens = open_clip.SimpleTokenizer()([f"a photo of a {name}." for name in CLASSES])
+    assert can_be_cut(text_tower(model))
+    with torch.no_grad():
+        torch.testing.assert_close(
+            encode_text(model, tokens), model.encode_text(tokens), atol=1e-5, rtol=1e-5
+        )
+
+
+@pytest.mark.parametrize("text", [{"no_causal_mask": True}, {"pool_type": "last"}])
+def test_towers_that_see_the_padding_get_it_all(text):
+    model = build(open_clip.CustomTextCLIP, **text)
+    tokens = open_clip.SimpleTokenizer()([f"a photo of a {name}." for name in CLASSES])
+    assert not can_be_cut(text_tower(model))
+    with torch.no_grad():
+        assert torch.equal(encode_text(model, tokens), model.encode_text(tokens))
+
+
+def test_cutting_saves_the_padding():
+    model = build()
+    lengths = []
+    model.transformer.register_forward_pre_hook(lambda _, args: lengths.append(args[0].shape[1]))
+    encode_text(model, open_clip.SimpleTokenizer()(["a cat", "a dog"]))
+    assert lengths == [4]
+
+
+def test_several_templates_are_normalised_averaged_and_normalised():
+    model = build()
+    tokenizer = open_clip.SimpleTokenizer()
+    both = tokenize(CLASSES, ["a {}.", "art of the {}."], tokenizer)
+    assert both.shape == (2, 3, 77)
+    with torch.no_grad():
+        mean = sum(text_features(model, both[i : i + 1]) for i in range(2))
+        expected = mean / mean.norm(dim=-1, keepdim=True)
+        torch.testing.assert_close(text_features(model, both), expected)
+
+
+def test_underscores_are_spaces():
+    tokenizer = open_clip.SimpleTokenizer()
+    first, second = tokenize(["red_fox", "red fox"], ["a {}."], tokenizer)[0]
+    assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("template", ["a photo", "a {} {}"])
+def test_templates_must_name_the_class_once(template):
+    with pytest.raises(ConfigError, match="once"):
+        tokenize(CLASSES, [template], open_clip.SimpleTokenizer())
