@@ -126,7 +126,7 @@ class Stepper:
                     loss = loss_fn(batch)
                 _check_loss(loss)
                 self.backend.backward(loss / count)
-            part = loss.detach().float() / count
+            part = _widened(loss.detach()) / count
             total = part if total is None else total + part
         assert total is not None
         # One reading per step: it decides, on every process alike, whether the step is applied.
@@ -163,7 +163,7 @@ class Stepper:
         gradients = self._gradients()
         if not gradients:
             return 0.0
-        norms = [norm.float() for norm in torch._foreach_norm(gradients)]
+        norms = [_widened(norm) for norm in torch._foreach_norm(gradients)]
         return float(torch.linalg.vector_norm(torch.stack(norms)))
 
     def _check_reach(self) -> None:
@@ -237,6 +237,11 @@ def shortlist(names: Sequence[str], count: int = 5) -> str:
     """Join the first names and say how many more there are."""
     more = f" and {len(names) - count} more" if len(names) > count else ""
     return ", ".join(names[:count]) + more
+
+
+def _widened(value: torch.Tensor) -> torch.Tensor:
+    """Return half-precision values in float32, others as they are."""
+    return value.to(torch.promote_types(value.dtype, torch.float32))
 
 
 def _check_loss(loss: torch.Tensor) -> None:

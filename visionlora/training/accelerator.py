@@ -20,6 +20,7 @@ from visionlora.training.rundir import RunDirectory
 from visionlora.training.settings import TrainSettings
 
 _MIXED = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
+_UNSUPPORTED = ("DEEPSPEED", "FSDP", "MEGATRON_LM", "XLA")
 
 
 class AcceleratorBackend:
@@ -53,6 +54,9 @@ class AcceleratorBackend:
             raise ConfigError(f"accelerate: {' '.join(str(error).split())}") from error
         if tracker is not None and not self.accelerator.log_with:
             raise ConfigError(f"the tracker {tracker} is not installed: pip install {tracker}")
+        if self.accelerator.distributed_type.value in _UNSUPPORTED:
+            kind = self.accelerator.distributed_type.value
+            raise ConfigError(f"{kind} is not supported: launch with plain data parallelism")
         self.device: torch.device = device or self.accelerator.device
         self.rank: int = self.accelerator.process_index
         self.processes: int = self.accelerator.num_processes
@@ -120,7 +124,9 @@ class AcceleratorBackend:
 
     def backward(self, loss: torch.Tensor) -> None:
         """Run the backward of one loss, scaled under fp16."""
-        self.accelerator.backward(loss)
+        # Accelerator.backward would also divide by an accumulation count from its own settings.
+        scaler = self.accelerator.scaler
+        (loss if scaler is None else scaler.scale(loss)).backward()
 
     def unscale(self, optimizer: torch.optim.Optimizer) -> None:
         """Divide the gradients by the loss scale."""

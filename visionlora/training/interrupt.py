@@ -34,4 +34,5 @@ class DeferredInterrupt:
         trace: TracebackType | None,
     ) -> None:
         if self._active:
-            signal.signal(signal.SIGINT, self._before)
+            # None stands for a handler that was not installed from python.
+            signal.signal(signal.SIGINT, self._before or signal.SIG_DFL)

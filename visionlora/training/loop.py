@@ -144,7 +144,7 @@ class _Trainer:
                 stop = backend.any(interrupt.asked)
                 if stop or self._due(last):
                     self._save()
-                if stop and not last:
+                if stop:
                     raise KeyboardInterrupt
         return FitResult(
             steps=stepper.steps,

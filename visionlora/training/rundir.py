@@ -1,6 +1,7 @@
 """The folder of one run: config.yaml, log.jsonl, result.json and checkpoints."""
 
 import dataclasses
+import errno
 import json
 import math
 import os
@@ -119,6 +120,8 @@ class RunDirectory:
                 else:
                     stream.write(b"\0" * min(size, 1 << 20))
         except OSError as error:
+            if error.errno in (errno.EINVAL, errno.EOPNOTSUPP):
+                return  # this file system writes but does not reserve
             reason = error.strerror or error
             raise OutputError(f"cannot write {size} bytes to {self.path}: {reason}") from error
 

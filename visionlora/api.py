@@ -1,0 +1,383 @@
+"""The verbs: put adapters into a model, switch them, merge them, take them out.
+
+All verbs work in place on any `nn.Module`. Whatever can fail is checked before the model is touched.
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from visionlora import record
+from visionlora.config import AdapterConfig
+from visionlora.errors import AdapterStateError, ConfigError, TargetError, nearest
+from visionlora.hosts import Host, Mode, attach, choose_host, describe, find_adapter, release
+from visionlora.hosts.base import parameter_name, stored, view_of
+from visionlora.methods.base import Delta, Shared
+from visionlora.record import adapter_names, hosts_of
+from visionlora.registry import build_config, get_method
+from visionlora.sites import Site, named_generator
+from visionlora.targets import find_targets, matches_parameter
+
+Patterns = str | Sequence[str]
+
+
+def inject(
+    model: nn.Module,
+    method: str | AdapterConfig = "lora",
+    targets: Patterns = "type:Linear",
+    *,
+    exclude: Patterns = (),
+    name: str = "default",
+    mode: Mode = "auto",
+    freeze: bool = True,
+    **options: Any,
+) -> nn.Module:
+    """Add an adapter to the layers that `targets` names, and freeze the rest of the model.
+
+    Args:
+        model: any module; changed in place.
+        method: registered name or preset (`lora`, `block-lora`, `dora`, ...), or a configuration.
+        targets: patterns of layers and slices, see `visionlora.targets`.
+        exclude: patterns that are taken out again.
+        name: name of the adapter; several may live on one model.
+        mode: `auto` picks the cheaper exact path per layer; `factored` or `dense` force one.
+        freeze: set `requires_grad` of all base parameters to False, the first time.
+        **options: fields of the method's configuration, such as `rank=8`.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ConfigError: unknown method or option, or a rank that a site cannot have.
+        TargetError: a pattern that matches nothing or something unsupported.
+        AdapterStateError: the name is taken, or the model is merged.
+    """
+    config = _as_config(method, options)
+    matches = find_targets(model, targets, exclude)
+    sites = [describe(match.name, match.module, key) for match in matches for key in match.keys]
+    adapter = prepare_adapter(model, [(site, config) for site in sites], name=name, mode=mode)
+    return install(model, adapter, freeze=freeze)
+
+
+@dataclass(frozen=True)
+class PreparedAdapter:
+    """An adapter that is built and checked, but not yet part of a model."""
+
+    name: str
+    deltas: dict[str, dict[str, tuple[Site, Delta]]]
+    """`{module: {key: (site, delta)}}`."""
+    hosts: dict[str, tuple[type[Host], Mode] | None]
+    """Host class and mode of each layer; None where the layer is a host already."""
+    shared: Shared | None
+
+
+def prepare_adapter(
+    model: nn.Module, plan: list[tuple[Site, AdapterConfig]], *, name: str = "default", mode: Mode = "auto"
+) -> PreparedAdapter:
+    """Build an adapter for an explicit list of sites without touching the model (see `inject`)."""
+    if not re.fullmatch(r"\w[\w-]*", name):
+        raise ConfigError(f"adapter name {name!r} must consist of letters, digits, '_' and '-'")
+    if name in adapter_names(model):
+        raise AdapterStateError(
+            f"the model already has an adapter named {name!r}; eject it or choose another name"
+        )
+    _refuse_merged(model, "inject")
+    modules = {site.module: model.get_submodule(site.module) for site, _ in plan}
+    hosts = {
+        path: None if isinstance(module, Host) else choose_host(model, path, module, mode)
+        for path, module in modules.items()
+    }
+    for site, config in plan:
+        config.check_site(site)
+        chosen = hosts[site.module]
+        _check_dropout(config, site, chosen[1] if chosen else _host(modules[site.module]).state.mode)
+    shared = _build_shared(plan)
+    if shared is not None:
+        site = plan[0][0]
+        module = modules[site.module]
+        weight = stored(module, parameter_name(module, site.key))
+        shared.to(weight.device, _adapter_dtype(weight))
+    deltas: dict[str, dict[str, tuple[Site, Delta]]] = {}
+    for site, config in plan:
+        delta = _build_delta(modules[site.module], site, config, shared)
+        deltas.setdefault(site.module, {})[site.key] = (site, delta)
+    return PreparedAdapter(name, deltas, hosts, shared)
+
+
+def install(model: nn.Module, adapter: PreparedAdapter, *, freeze: bool = True) -> nn.Module:
+    """Make a prepared adapter part of the model; nothing in here can be refused."""
+    first = record.record_of(model) is None
+    record.start_record(model)
+    for path, group in adapter.deltas.items():
+        module, chosen = model.get_submodule(path), adapter.hosts[path]
+        host = attach(module, *chosen) if chosen else _host(module)
+        host.add(adapter.name, group)
+    _keep_slow_path(model)
+    if adapter.shared is not None:
+        if not hasattr(model, record.SHARED):
+            model.add_module(record.SHARED, nn.ModuleDict())
+        cast(nn.ModuleDict, getattr(model, record.SHARED))[adapter.name] = adapter.shared
+    if freeze and first:
+        freeze_base(model)
+    return model
+
+
+def eject(model: nn.Module, *, merge: bool = False) -> nn.Module:
+    """Remove all adapters; the model is then exactly as before `inject`.
+
+    Class, parameters, checkpoint keys, `requires_grad` flags and buffers are restored. With
+    `merge=True` the active changes stay in the weights, and buffers stay as trained.
+
+    Raises:
+        AdapterStateError: there is no adapter.
+    """
+    hosts = _hosts(model)
+    if merge:
+        _refuse_tied(model, hosts)
+    for host in hosts.values():
+        merged = host.state.originals is not None
+        if merge and not merged:
+            host.merge()
+        if merge or merged:
+            host.unmerge(restore=not merge)
+        _remove_slow_path_hook(host)
+        release(host)  # type: ignore[arg-type]
+    if hasattr(model, record.SHARED):
+        delattr(model, record.SHARED)
+    record.drop_record(model, restore_buffers=not merge)
+    return model
+
+
+def merge(model: nn.Module) -> nn.Module:
+    """Add the active changes to the weights, so that inference costs nothing extra.
+
+    Copies of the changed weights are kept until `unmerge`. The sum is formed in at least float32 and
+    rounded once; merging into half precision warns if it loses more than 5 % of the change.
+
+    Raises:
+        AdapterStateError: no adapter, already merged, or an adapted weight is shared with a layer
+            that is not adapted.
+    """
+    hosts = _hosts(model)
+    _refuse_merged(model, "merge again")
+    _refuse_tied(model, hosts)
+    for host in hosts.values():
+        host.merge()
+    return model
+
+
+def unmerge(model: nn.Module) -> nn.Module:
+    """Put the original weights back, bit for bit.
+
+    Raises:
+        AdapterStateError: the model is not merged.
+    """
+    hosts = _hosts(model)
+    if not any(host.state.originals is not None for host in hosts.values()):
+        raise AdapterStateError("the model is not merged")
+    for host in hosts.values():
+        host.unmerge()
+    return model
+
+
+@contextmanager
+def merged(model: nn.Module) -> Iterator[nn.Module]:
+    """Merge inside a `with` block and unmerge after it, whatever happens."""
+    merge(model)
+    try:
+        yield model
+    finally:
+        unmerge(model)
+
+
+@contextmanager
+def disabled(model: nn.Module) -> Iterator[nn.Module]:
+    """Run the base model inside a `with` block: no adapter applies.
+
+    Raises:
+        AdapterStateError: the model is merged, so the base weights are not there.
+    """
+    hosts = _hosts(model)
+    _refuse_merged(model, "disable adapters")
+    before = [host.state.enabled for host in hosts.values()]
+    _set_enabled(hosts, [False] * len(before))
+    try:
+        yield model
+    finally:
+        _set_enabled(hosts, before)
+
+
+def use(model: nn.Module, name: str | Sequence[str] | None) -> nn.Module:
+    """Make one adapter active, or several (their changes add up), or none.
+
+    Raises:
+        AdapterStateError: an unknown name, or the model is merged.
+    """
+    hosts = _hosts(model)
+    _refuse_merged(model, "switch adapters")
+    wanted = [] if name is None else [name] if isinstance(name, str) else list(name)
+    for item in wanted:
+        find_adapter(adapter_names(model), item)
+    for host in hosts.values():
+        host.state.active = tuple(item for item in wanted if item in host.adapters)
+        host.refresh()
+    return model
+
+
+def set_scale(model: nn.Module, scale: float, name: str | None = None) -> nn.Module:
+    """Multiply the change of one adapter (or of all) by `scale`; 1 is as trained.
+
+    Raises:
+        AdapterStateError: an unknown name, or the model is merged.
+    """
+    hosts = _hosts(model)
+    _refuse_merged(model, "change the scale")
+    names = adapter_names(model) if name is None else [find_adapter(adapter_names(model), name)]
+    for host in hosts.values():
+        host.state.strengths.update({item: float(scale) for item in names if item in host.adapters})
+        host.refresh()
+    return model
+
+
+def freeze_base(model: nn.Module, train: Patterns = ()) -> nn.Module:
+    """Freeze every base parameter except those that `train` names (`("head", "*.norm")`).
+
+    A pattern is a glob matched against the dotted parameter name, its suffixes, and the names of the
+    modules it belongs to. What stays trainable is saved with the adapter.
+
+    Raises:
+        TargetError: a pattern that matches no parameter.
+    """
+    record.start_record(model)
+    patterns = [train] if isinstance(train, str) else list(train)
+    base = record.base_parameters(model)
+    kept: set[str] = set()
+    for pattern in patterns:
+        found = {name for name, _ in base if matches_parameter(name, pattern)}
+        if not found:
+            owners = [name.rpartition(".")[0] for name, _ in base]
+            raise TargetError(f"train pattern {pattern!r} matches no parameter{nearest(pattern, owners)}")
+        kept |= found
+    for name, parameter in base:
+        parameter.requires_grad_(name in kept)
+    return model
+
+
+def trainable_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield what an optimiser should get: active adapters, and base parameters left trainable."""
+    owners = record.adapter_parameter_owners(model)
+    active = {name for host in hosts_of(model).values() for name in host.state.active}
+    for name, parameter in model.named_parameters():
+        owner = owners.get(id(parameter))
+        if parameter.requires_grad and (owner is None or owner in active):
+            yield name, parameter
+
+
+def _as_config(method: str | AdapterConfig, options: dict[str, Any]) -> AdapterConfig:
+    if isinstance(method, str):
+        return build_config(method, options)
+    if options:
+        raise ConfigError(f"options {sorted(options)} must be fields of the configuration that was given")
+    return method
+
+
+def _build_shared(plan: list[tuple[Site, AdapterConfig]]) -> Shared | None:
+    """Build the model-level state, if the method has one."""
+    configs = [
+        config for config in dict.fromkeys(config for _, config in plan)
+        if get_method(config.method).shared is not None
+    ]
+    if len(configs) > 1:
+        raise ConfigError("an adapter with shared tensors has one configuration, not several")
+    for config in configs:
+        kind = cast(type[Shared], get_method(config.method).shared)
+        return kind(config, [site for site, other in plan if other == config])
+    return None
+
+
+def _build_delta(module: nn.Module, site: Site, config: AdapterConfig, shared: Shared | None) -> Delta:
+    weight = stored(module, parameter_name(module, site.key)).detach()
+    delta = get_method(config.method).delta(config, site, shared).to(_adapter_dtype(weight))
+    delta.reset_parameters(view_of(weight, site), named_generator(config.seed, site.name))
+    return delta.to(weight.device)
+
+
+def _adapter_dtype(weight: torch.Tensor) -> torch.dtype:
+    """Adapters are float32 beside half-precision weights."""
+    return torch.float64 if weight.dtype == torch.float64 else torch.float32
+
+
+def _check_dropout(config: AdapterConfig, site: Site, mode: Mode) -> None:
+    """Refuse input dropout where it could not act."""
+    if not getattr(config, "dropout", 0.0):
+        return
+    if mode == "dense":
+        why = "whose weight is read directly (dense mode)"
+    elif site.kind == "embedding":
+        why = "whose input are indices"
+    else:
+        return
+    raise ConfigError(
+        f"{config.method}: dropout cannot act on {site.module}, {why}; set dropout=0 or exclude it"
+    )
+
+
+def _host(module: nn.Module) -> Host:
+    assert isinstance(module, Host)
+    return module
+
+
+def _hosts(model: nn.Module) -> dict[str, Host]:
+    hosts = hosts_of(model)
+    if not hosts:
+        raise AdapterStateError(f"this {type(model).__name__} has no adapter; call inject or load first")
+    return hosts
+
+
+def _refuse_merged(model: nn.Module, what: str) -> None:
+    if any(host.state.originals is not None for host in hosts_of(model).values()):
+        raise AdapterStateError(f"the model is merged: unmerge before you {what}")
+
+
+def _refuse_tied(model: nn.Module, hosts: dict[str, Host]) -> None:
+    """Refuse to merge into a weight that another module uses as well."""
+    owners: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), []).append(name)
+    for path, host in hosts.items():
+        for slot in host.all_slots():
+            weight = stored(host, parameter_name(host, slot.key))
+            names = owners.get(id(weight), [])
+            if len(names) > 1:
+                raise AdapterStateError(
+                    f"the weight of {path} is shared ({', '.join(names)}): merging would change the others"
+                )
+
+
+def _set_enabled(hosts: dict[str, Host], values: list[bool]) -> None:
+    for host, value in zip(hosts.values(), values, strict=True):
+        host.state.enabled = value
+        host.refresh()
+
+
+def _no_shortcut(module: nn.Module, args: Any) -> None:
+    """Do nothing: a hook's presence turns off the fused inference path of TransformerEncoderLayer."""
+
+
+def _keep_slow_path(model: nn.Module) -> None:
+    """Keep torch's encoder layers from reading weights past the adapted layers inside them."""
+    for encoder in model.modules():
+        if isinstance(encoder, nn.TransformerEncoderLayer):
+            for module in encoder.modules():
+                if isinstance(module, Host) and _no_shortcut not in module._forward_pre_hooks.values():
+                    module.register_forward_pre_hook(_no_shortcut)
+
+
+def _remove_slow_path_hook(host: Any) -> None:
+    for key in [key for key, hook in host._forward_pre_hooks.items() if hook is _no_shortcut]:
+        del host._forward_pre_hooks[key]

@@ -1,0 +1,110 @@
+"""Typed configurations of the methods, and their validation.
+
+Every method has one frozen keyword-only dataclass derived from `AdapterConfig`; methods that train
+a factor pair derive from `LowRankConfig`. `check_fields` turns a wrong type or value into one line.
+"""
+
+import dataclasses
+import types
+import typing
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from visionlora.errors import ConfigError
+from visionlora.sites import Site
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterConfig:
+    """Options that every method has."""
+
+    method: ClassVar[str] = ""
+    """Registered name, set by the subclass."""
+
+    seed: int = 0
+    """Seed of every random tensor of the adapter; combined with the site's name."""
+
+    def __post_init__(self) -> None:
+        """Check the types of all fields."""
+        check_fields(self)
+
+    def check_site(self, site: Site) -> None:
+        """Raise `ConfigError` if this configuration cannot serve `site`."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return method name and options as plain values."""
+        return {"method": self.method, **dataclasses.asdict(self)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LowRankConfig(AdapterConfig):
+    r"""Options of methods of the form `Delta W = s * B A`."""
+
+    rank: int = 8
+    """Inner dimension r of the factor pair."""
+    alpha: float | None = None
+    """Numerator of the scale; None means `rank`, so that the standard scale is 1."""
+    scaling: Literal["standard", "rslora"] = "standard"
+    """`standard`: s = alpha / r. `rslora`: s = alpha / sqrt(r) (2023, arXiv 2312.03732)."""
+    dropout: float = 0.0
+    """Probability of dropping an input entry of the adapter branch while training."""
+
+    def __post_init__(self) -> None:
+        """Check types and ranges."""
+        super().__post_init__()
+        if self.rank < 1:
+            raise ConfigError(f"{self.method}: rank must be at least 1, got {self.rank}")
+        if not 0.0 <= self.dropout < 1.0:
+            raise ConfigError(f"{self.method}: dropout must lie in [0, 1), got {self.dropout}")
+
+    @property
+    def scale(self) -> float:
+        """The factor s in front of `B A`."""
+        alpha = self.rank if self.alpha is None else self.alpha
+        return float(alpha) / (self.rank if self.scaling == "standard" else self.rank**0.5)
+
+    def check_site(self, site: Site) -> None:
+        """Refuse a rank that the site cannot have."""
+        if self.rank > site.max_rank:
+            raise ConfigError(
+                f"{self.method}: rank {self.rank} is larger than {site.name or 'the layer'} allows: its view is "
+                f"{site.out_features} x {site.in_features}, so at most {site.max_rank}"
+            )
+
+
+def check_fields(config: Any) -> None:
+    """Check every field of a dataclass against its annotation.
+
+    Raises:
+        ConfigError: naming the field, the value and what is allowed.
+    """
+    hints = typing.get_type_hints(type(config))
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if not _fits(value, hints[field.name]):
+            owner = getattr(config, "method", "") or type(config).__name__
+            allowed = _describe(hints[field.name])
+            raise ConfigError(f"{owner}: {field.name} must be {allowed}, got {value!r}")
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    origin = typing.get_origin(hint)
+    if origin is Literal:
+        return value in typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        return any(_fits(value, part) for part in typing.get_args(hint))
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, hint) if isinstance(hint, type) else True
+
+
+def _describe(hint: Any) -> str:
+    if typing.get_origin(hint) is Literal:
+        return "one of " + ", ".join(repr(item) for item in typing.get_args(hint))
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        return " or ".join(_describe(part) for part in typing.get_args(hint))
+    return {"NoneType": "None", "int": "a whole number", "float": "a number"}.get(
+        getattr(hint, "__name__", ""), str(getattr(hint, "__name__", hint))
+    )

@@ -1,0 +1,110 @@
+"""What a method is: a `Delta` per site, and sometimes a `Shared` per model.
+
+A Delta holds only its own trainables and defines the change of the weight once, densely and
+differentiably, as `delta(weight)`. Everything else is an optional faster way to the same numbers,
+and is tested against that definition:
+
+* `factors()`: the change as `scale * up @ down`; hosts then never form it.
+* `fold = n`: the change has n equal column blocks, `scale * up @ [down ... down]`, so a host may add
+  the n input slices first and multiply once.
+* `update(y, x, layer)`: for paths that are neither, such as DoRA's rescaled output.
+
+A Delta knows nothing of devices, dtypes, quantisation, merging or files: hosts and io own those.
+"""
+
+from typing import Any, ClassVar, Protocol
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from visionlora.config import AdapterConfig
+from visionlora.sites import Site
+
+
+class Layer(Protocol):
+    """The operators of one adapted layer, as `update` sees them (linear, conv or embedding)."""
+
+    weight: Tensor
+    """The site's frozen weight as a 2-D view `(out, in)`."""
+
+    def down(self, x: Tensor, matrix: Tensor) -> Tensor:
+        """Apply `(r, in)` to the layer's input; the result has the layer's spatial shape."""
+
+    def up(self, h: Tensor, matrix: Tensor) -> Tensor:
+        """Apply `(out, r)` to the result of `down`."""
+
+    def per_output(self, vector: Tensor) -> Tensor:
+        """Reshape an `(out,)` vector so that it broadcasts over the layer's output."""
+
+    def dropout(self, x: Tensor, probability: float) -> Tensor:
+        """Drop input entries while training; the identity otherwise."""
+
+
+class Shared(nn.Module):
+    """Model-level state of one adapter, built from all its sites before any Delta."""
+
+    def __init__(self, config: Any, sites: list[Site]) -> None:
+        super().__init__()
+
+    def frozen(self) -> dict[str, Tensor]:
+        """Seeded tensors that files fingerprint instead of storing."""
+        return {}
+
+
+class Delta(nn.Module):
+    """The change of one site's weight."""
+
+    zero_at_init: ClassVar[bool] = True
+    """The adapted layer equals the frozen one before training."""
+    fold: int = 1
+    """Number of equal column blocks of `scale * up @ down`."""
+
+    def __init__(self, config: Any, site: Site, shared: Shared | None = None) -> None:
+        super().__init__()
+        self.config: AdapterConfig = config
+        # A tuple, so that shared tensors are registered once at the root and not under every site.
+        self._shared: tuple[Shared, ...] = () if shared is None else (shared,)
+
+    @property
+    def scale(self) -> float:
+        """The constant in front of the factor pair."""
+        return 1.0
+
+    @property
+    def dropout(self) -> float:
+        """Input dropout probability of the adapter branch."""
+        return float(getattr(self.config, "dropout", 0.0))
+
+    def reset_parameters(self, weight: Float[Tensor, "out in"], generator: torch.Generator) -> None:
+        """Set the initial values from the frozen weight and a seeded CPU generator."""
+        raise NotImplementedError
+
+    def factors(self) -> tuple[Float[Tensor, "out rank"], Float[Tensor, "rank folded"]] | None:
+        """Return `(up, down)`, or None if the change has no cheap factor form."""
+        return None
+
+    def delta(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
+        """Return the change of the weight: the definition of the method."""
+        factors = self.factors()
+        if factors is None:
+            raise NotImplementedError(f"{type(self).__name__} must define delta or factors")
+        up, down = factors
+        return self.scale * (up @ down.repeat(1, self.fold))
+
+    update: ClassVar[Any] = None
+    """Optional method `update(y, x, layer) -> y`: from the layer's output without bias."""
+
+    def frozen(self) -> dict[str, Tensor]:
+        """Seeded tensors of this site that files fingerprint instead of storing."""
+        return {}
+
+    @staticmethod
+    def parameter_count(config: Any, out_features: int, in_features: int) -> int:
+        """Return the number of trained scalars of one site, in closed form."""
+        raise NotImplementedError
+
+
+def uniform(shape: tuple[int, ...], bound: float, generator: torch.Generator) -> Tensor:
+    """Return float32 values uniform in `[-bound, bound)` from a CPU generator."""
+    return torch.empty(shape).uniform_(-bound, bound, generator=generator)

@@ -1,0 +1,101 @@
+r"""DoRA: weight-decomposed low-rank adaptation (Liu et al. 2024, arXiv 2402.09353).
+
+    V = W + s * B A,   W' = diag(m / |V|) V,   Delta W = W' - W
+
+`|V|` holds the 2-norm of every row of V (one per output feature) and is treated as a constant in the
+gradient, as section 4.3 of the paper has it. m: out, trained, starts at |W|, so W' = W at first (up to
+rounding). B: out x r = 0, A: r x in uniform in +-1/sqrt(in), s = alpha / r.
+
+Fast path: y = (m / |V|) * (W x + s B A x) + b needs no second product with W, and the row norms need
+no out x in matrix:
+
+    |v_i|^2 = |w_i|^2 + 2 s b_i . (A w_i) + s^2 b_i (A A^T) b_i
+
+With dropout only the input of A is dropped, with one base product; PEFT drops the input of W in the
+rescaled term as well, which costs a second base product (derived; the two agree without dropout).
+
+Trained: r (out + in) + out scalars a site. Merge: W'. Not additive: the change depends on W.
+"""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from visionlora.config import LowRankConfig
+from visionlora.methods.base import Delta, Layer, Shared, uniform
+from visionlora.registry import register
+from visionlora.sites import Site
+
+
+@dataclass(frozen=True, kw_only=True)
+class DoRAConfig(LowRankConfig):
+    """Options of DoRA."""
+
+    method: ClassVar[str] = "dora"
+
+
+class DoRA(Delta):
+    """A factor pair with a trained norm per output feature."""
+
+    def __init__(self, config: DoRAConfig, site: Site, shared: Shared | None = None) -> None:
+        super().__init__(config, site, shared)
+        self.options = config
+        self.kind = site.kind
+        self.A = nn.Parameter(torch.empty(config.rank, site.in_features))
+        self.B = nn.Parameter(torch.empty(site.out_features, config.rank))
+        self.magnitude = nn.Parameter(torch.empty(site.out_features))
+
+    @property
+    def scale(self) -> float:
+        """The factor s."""
+        return self.options.scale
+
+    @torch.no_grad()
+    def reset_parameters(self, weight: Float[Tensor, "out in"], generator: torch.Generator) -> None:
+        """Draw the factors as LoRA does, set m to the row norms of the frozen weight."""
+        if self.kind == "embedding":
+            self.A.zero_()
+            self.B.copy_(torch.empty(self.B.shape).normal_(generator=generator))
+        else:
+            self.A.copy_(uniform(tuple(self.A.shape), self.A.shape[1] ** -0.5, generator))
+            self.B.zero_()
+        self.magnitude.copy_(_at_least_float(weight).norm(dim=1))
+
+    def delta(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
+        """Return W' - W, with the norm outside the gradient."""
+        weight = _at_least_float(weight)
+        direction = weight + self.scale * (self.B @ self.A)
+        norm = direction.detach().norm(dim=1).clamp_min(1e-12)
+        return (self.magnitude / norm)[:, None] * direction - weight
+
+    def update(self, y: Tensor, x: Tensor, layer: Layer) -> Tensor:
+        """Return `m / |V| * (y + s B A dropout(x))` for the output y without bias."""
+        hidden = layer.down(layer.dropout(x, self.dropout), self.A.to(x.dtype if x.is_floating_point() else y.dtype))
+        y = y + layer.up(hidden, (self.scale * self.B).to(hidden.dtype))
+        ratio = self.magnitude / self.row_norms(layer.weight)
+        return y * layer.per_output(ratio).to(y.dtype)
+
+    @torch.no_grad()
+    def row_norms(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, " out"]:
+        """Return the row norms of V without forming it."""
+        weight = _at_least_float(weight)
+        cross = ((weight @ self.A.t()) * self.B).sum(1)
+        gram = ((self.B @ (self.A @ self.A.t())) * self.B).sum(1)
+        base = weight.norm(dim=1).square()
+        squared = base + 2 * self.scale * cross + self.scale**2 * gram
+        return squared.clamp_min(1e-24).sqrt()
+
+    @staticmethod
+    def parameter_count(config: Any, out_features: int, in_features: int) -> int:
+        """Return r (out + in) + out."""
+        return int(config.rank * (out_features + in_features) + out_features)
+
+
+def _at_least_float(weight: Tensor) -> Tensor:
+    return weight if weight.dtype in (torch.float32, torch.float64) else weight.float()
+
+
+register(DoRAConfig, DoRA)
