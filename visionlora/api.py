@@ -17,6 +17,7 @@ from visionlora.config import AdapterConfig
 from visionlora.errors import AdapterStateError, ConfigError, TargetError, nearest
 from visionlora.hosts import Host, Mode, attach, choose_host, describe, find_adapter, release
 from visionlora.hosts.base import parameter_name, stored, view_of
+from visionlora.hosts.shortcuts import close_shortcuts, reopen_shortcuts
 from visionlora.methods.base import Delta, Shared
 from visionlora.record import adapter_names, hosts_of
 from visionlora.registry import build_config, get_method
@@ -117,7 +118,7 @@ def install(model: nn.Module, adapter: PreparedAdapter, *, freeze: bool = True) 
         module, chosen = model.get_submodule(path), adapter.hosts[path]
         host = attach(module, *chosen) if chosen else _host(module)
         host.add(adapter.name, group)
-    _keep_slow_path(model)
+    close_shortcuts(model)
     if adapter.shared is not None:
         if not hasattr(model, record.SHARED):
             model.add_module(record.SHARED, nn.ModuleDict())
@@ -139,13 +140,13 @@ def eject(model: nn.Module, *, merge: bool = False) -> nn.Module:
     hosts = _hosts(model)
     if merge:
         _refuse_tied(model, hosts)
+    reopen_shortcuts(model)
     for host in hosts.values():
         merged = host.state.originals is not None
         if merge and not merged:
             host.merge()
         if merge or merged:
             host.unmerge(restore=not merge)
-        _remove_slow_path_hook(host)
         release(host)  # type: ignore[arg-type]
     if hasattr(model, record.SHARED):
         delattr(model, record.SHARED)
@@ -363,21 +364,3 @@ def _set_enabled(hosts: dict[str, Host], values: list[bool]) -> None:
     for host, value in zip(hosts.values(), values, strict=True):
         host.state.enabled = value
         host.refresh()
-
-
-def _no_shortcut(module: nn.Module, args: Any) -> None:
-    """Do nothing: a hook's presence turns off the fused inference path of TransformerEncoderLayer."""
-
-
-def _keep_slow_path(model: nn.Module) -> None:
-    """Keep torch's encoder layers from reading weights past the adapted layers inside them."""
-    for encoder in model.modules():
-        if isinstance(encoder, nn.TransformerEncoderLayer):
-            for module in encoder.modules():
-                if isinstance(module, Host) and _no_shortcut not in module._forward_pre_hooks.values():
-                    module.register_forward_pre_hook(_no_shortcut)
-
-
-def _remove_slow_path_hook(host: Any) -> None:
-    for key in [key for key, hook in host._forward_pre_hooks.items() if hook is _no_shortcut]:
-        del host._forward_pre_hooks[key]
