@@ -70,6 +70,8 @@ class FewshotConfig:
     """Continue the run in the output folder."""
     overwrite: bool = False
     """Replace the run in the output folder."""
+    test_on: Literal["test", "val"] = "test"
+    """val: test on validation images instead, to choose settings without looking at the test."""
     limit_steps: int | None = None
     """Train at most this many steps, for a quick look."""
     limit_test: int | None = None
@@ -130,6 +132,7 @@ class FewshotConfig:
         parts = [self.dataset.removeprefix("folder:"), self.backbone, self.method]
         parts.append(f"{self.shots}shot")
         parts += ["base-to-new"] if self.setting == "base-to-new" else []
+        parts += ["val"] if self.test_on == "val" else []
         return "-".join(re.sub(r"[^A-Za-z0-9]+", "-", part).strip("-") for part in parts)
 
 

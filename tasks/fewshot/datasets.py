@@ -12,7 +12,7 @@ import numpy as np
 
 from tasks.fewshot.folder import read_folder
 from tasks.fewshot.public_sets import PUBLIC_SETS, read_public_set
-from tasks.fewshot.sampling import Item
+from tasks.fewshot.sampling import Item, by_class
 from visionlora.errors import ConfigError, DataError, nearest
 
 DEFAULT_TEMPLATE = "a photo of a {}."
@@ -45,13 +45,11 @@ def dataset_names() -> list[str]:
     return ["folder:PATH", "digits", *PUBLIC_SETS]
 
 
-def load_dataset(name: str, root: str | Path = "data", limit_test: int | None = None) -> Dataset:
+def load_dataset(name: str, root: str | Path = "data") -> Dataset:
     """Return the data set called `name`; public sets are looked for, or downloaded, under `root`.
 
-    Args:
-        name: One of `dataset_names()`.
-        root: Folder of the public data sets.
-        limit_test: Keep at most this many test images, spread over the whole test set.
+    Raises:
+        VisionLoraError: an unknown name, or data that are missing or unusable.
     """
     if name.startswith("folder:"):
         path = name.removeprefix("folder:")
@@ -59,25 +57,21 @@ def load_dataset(name: str, root: str | Path = "data", limit_test: int | None = 
             raise DataError("--dataset folder: needs a path, as in folder:pictures")
         classes, splits, own = read_folder(path)
         split = "sampled" if own else "official"
-        dataset = Dataset(
-            name, classes, splits["train"], splits["val"], splits["test"], split=split
-        )
-    elif name == "digits":
-        dataset = digits()
-    elif name in PUBLIC_SETS:
+        return Dataset(name, classes, splits["train"], splits["val"], splits["test"], split=split)
+    if name == "digits":
+        return digits()
+    if name in PUBLIC_SETS:
         classes, splits, split = read_public_set(name, Path(root).expanduser())
         templates = (PUBLIC_SETS[name].template,)
-        dataset = Dataset(
+        return Dataset(
             name, classes, splits["train"], splits["val"], splits["test"], templates, split
         )
-    elif Path(name).is_dir():
+    if Path(name).is_dir():
         raise ConfigError(f"unknown data set {name!r}; for a folder write --dataset folder:{name}")
-    else:
-        raise ConfigError(
-            f"unknown data set {name!r}{nearest(name, dataset_names())}; "
-            f"one of {', '.join(dataset_names())}"
-        )
-    return _limited(dataset, limit_test)
+    raise ConfigError(
+        f"unknown data set {name!r}{nearest(name, dataset_names())}; "
+        f"one of {', '.join(dataset_names())}"
+    )
 
 
 def digits() -> Dataset:
@@ -99,10 +93,30 @@ def digits() -> Dataset:
     )
 
 
-def _limited(dataset: Dataset, limit: int | None) -> Dataset:
-    if limit is None or limit >= len(dataset.test):
+def for_validation(dataset: Dataset) -> Dataset:
+    """Return `dataset` with validation images in the place of the test images.
+
+    A data set without any gives the last third of each class's training images, in their order.
+    """
+    if dataset.val:
+        return replace(dataset, test=dataset.val, val=[])
+    train: list[Item] = []
+    test: list[Item] = []
+    for group in by_class(dataset.train).values():
+        if len(group) < 2:
+            raise DataError(
+                f"class {dataset.classes[group[0].label]!r} has one training image: none is left "
+                "for validation"
+            )
+        kept = len(group) - max(1, len(group) // 3)
+        train += group[:kept]
+        test += group[kept:]
+    return replace(dataset, train=train, test=test)
+
+
+def limited(dataset: Dataset, limit: int) -> Dataset:
+    """Return `dataset` with at most `limit` test images, spread over the whole test set."""
+    if limit >= len(dataset.test):
         return dataset
-    if limit < 1:
-        raise ConfigError(f"limit_test must be at least 1, got {limit}")
     step = len(dataset.test) / limit
     return replace(dataset, test=[dataset.test[int(index * step)] for index in range(limit)])

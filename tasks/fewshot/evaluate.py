@@ -6,7 +6,7 @@ accuracy within a label set (base or new classes) is read off the same scores.
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -147,3 +147,14 @@ def pick_device(name: str) -> torch.device:
                 f"device {name!r} is not there: {torch.cuda.device_count()} GPUs found"
             )
     return device
+
+
+@contextmanager
+def threads(count: int | None) -> Iterator[None]:
+    """Let torch use `count` threads inside a `with` block; None changes nothing."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -9,7 +9,7 @@ import visionlora as vl
 from tasks.fewshot.backbones import Backbone, load_backbone
 from tasks.fewshot.classifier import Classifier, adapter_targets
 from tasks.fewshot.config import FewshotConfig
-from tasks.fewshot.datasets import Dataset, load_dataset
+from tasks.fewshot.datasets import Dataset, for_validation, limited, load_dataset
 from tasks.fewshot.evaluate import Scores, TestImages, harmonic_mean, pick_device, score
 from tasks.fewshot.sampling import base_and_new
 from tasks.fewshot.shots import Shots, load_shots
@@ -76,7 +76,11 @@ class Experiment:
 def prepare(config: FewshotConfig) -> Experiment:
     """Load data and backbone, and check that everything fits, before anything is written."""
     device = pick_device(config.device)
-    dataset = load_dataset(config.dataset, config.root, config.limit_test)
+    dataset = load_dataset(config.dataset, config.root)
+    if config.test_on == "val":
+        dataset = for_validation(dataset)
+    if config.limit_test is not None:
+        dataset = limited(dataset, config.limit_test)
     if config.setting == "base-to-new" and len(dataset.classes) < 4:
         raise DataError(
             f"base-to-new needs at least 4 classes, {dataset.name} has {len(dataset.classes)}"

@@ -14,8 +14,9 @@ from torch import Tensor
 
 import visionlora as vl
 from tasks.fewshot.adapter_files import load_adapter
+from tasks.fewshot.backbones import TINY
 from tasks.fewshot.classifier import Classifier
-from tasks.fewshot.evaluate import BATCH, pick_device
+from tasks.fewshot.evaluate import BATCH, pick_device, threads
 from tasks.fewshot.folder import list_images
 from tasks.fewshot.images import Transform, decode_all, evaluation_pixels, open_image
 from tasks.fewshot.pictures import save_grid
@@ -77,7 +78,7 @@ def run(config: PredictConfig) -> dict[str, Any]:
     )
     tokens = tokenize(description.classes, description.templates, backbone.tokenizer)
     model = Classifier(backbone.clip, tokens, transform, "both").to(device).eval()
-    with vl.merged(model.clip):
+    with threads(1 if description.backbone == TINY else None), vl.merged(model.clip):
         found, skipped = predict(
             model, files, description.classes, transform, device, config.strict
         )

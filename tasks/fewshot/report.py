@@ -26,6 +26,8 @@ def print_result(result: dict[str, Any], path: Path) -> None:
         notes.append(f"{result['skipped_images']} unreadable images left out")
     if result["random_weights"]:
         notes.append("RANDOM WEIGHTS: timing only")
+    if result["test_on"] == "val":
+        notes.append("tested on validation images")
     if result["split"] == "own":
         notes.append("own split, not the published one")
     for note in notes:
@@ -38,7 +40,9 @@ def result_table(result: dict[str, Any]) -> Table:
     columns = [key for key in ("accuracy", "base", "new", "harmonic_mean") if key in result]
     table = Table(
         title=f"{result['dataset']}: {result['backbone']}, {result['method']}, "
-        f"{result['shots']} shots, accuracy in %"
+        f"{result['shots']} shots, accuracy in %",
+        title_justify="left",
+        min_width=60,
     )
     table.add_column("")
     for key in columns:

@@ -34,6 +34,7 @@ def summarise(
         "classes": len(dataset.classes),
         "test_images": len(dataset.test) - len(experiment.test.skipped),
         "split": dataset.split,
+        "test_on": config.test_on,
     }
     for key, value in zero.items():
         name = "zero_shot" if key == "accuracy" else f"zero_shot_{key}"

@@ -11,9 +11,10 @@ from torch import Tensor
 
 import visionlora as vl
 from tasks.fewshot.adapter_files import Description, save_adapter
+from tasks.fewshot.backbones import TINY
 from tasks.fewshot.classifier import Classifier
 from tasks.fewshot.config import ADAM_BETAS, ETA_MIN, WEIGHT_DECAY, FewshotConfig
-from tasks.fewshot.evaluate import Scores
+from tasks.fewshot.evaluate import Scores, threads
 from tasks.fewshot.experiment import Experiment, prepare
 from tasks.fewshot.output import open_run, taken_back_on_error
 from tasks.fewshot.pictures import save_confusion
@@ -33,6 +34,13 @@ def run(config: FewshotConfig) -> dict[str, Any]:
     Raises:
         VisionLoraError: a setting, an image or a file that cannot be used.
     """
+    # The tiny model's operations are too small for several threads, which only wait for each
+    # other; on a busy machine that costs ten times the work.
+    with threads(1 if config.backbone == TINY else None):
+        return _run(config)
+
+
+def _run(config: FewshotConfig) -> dict[str, Any]:
     began = time.monotonic()
     experiment = prepare(config)
     config = experiment.config

@@ -1,9 +1,11 @@
-"""Pictures for the few-shot tests."""
+"""Pictures and a small backbone for the few-shot tests."""
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
+import open_clip
 import pytest
 from PIL import Image
 
@@ -21,3 +23,25 @@ def _write_images(folder: Path, count: int, size: tuple[int, int] = (24, 20)) ->
 def write_images() -> Callable[..., None]:
     """Return `write_images(folder, count)`, which writes small PNG and JPEG files in turn."""
     return _write_images
+
+
+@pytest.fixture
+def small_backbone(tmp_path_factory) -> Iterator[str]:
+    """Register a small ViT in open_clip under the name that is returned."""
+    config = {
+        "embed_dim": 32,
+        "vision_cfg": {
+            "image_size": 32, "layers": 2, "width": 32, "head_width": 16, "patch_size": 16
+        },
+        "text_cfg": {
+            "context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2
+        },
+    }  # fmt: skip
+    folder = tmp_path_factory.mktemp("open_clip")
+    (folder / "ViT-test-small.json").write_text(json.dumps(config))
+    registered = open_clip.factory._MODEL_CONFIGS
+    before = dict(registered)
+    open_clip.add_model_config(folder)
+    yield "ViT-test-small"
+    registered.clear()
+    registered.update(before)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tasks.fewshot.datasets import load_dataset
+from tasks.fewshot.datasets import for_validation, limited, load_dataset
 from tasks.fewshot.folder import read_folder
 from visionlora.errors import ConfigError, DataError, VisionLoraError
 
@@ -135,6 +135,15 @@ def test_a_bare_folder_is_pointed_to_its_spelling(tmp_path):
 def test_digits_are_split_by_writer_and_limited_evenly():
     full = load_dataset("digits")
     assert (len(full.train), len(full.test), len(full.classes)) == (898, 899, 10)
-    part = load_dataset("digits", limit_test=100)
+    part = limited(full, 100)
     assert len(part.test) == 100
     assert {item.label for item in part.test} == set(range(10))
+
+
+def test_validation_never_touches_the_test_images():
+    full = load_dataset("digits")
+    held_out = for_validation(full)
+    train, test = ({id(item) for item in items} for items in (held_out.train, held_out.test))
+    assert train | test == {id(item) for item in full.train}
+    assert not train & test
+    assert {item.label for item in held_out.test} == set(range(10))
