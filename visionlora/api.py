@@ -1,6 +1,7 @@
 """The verbs: put adapters into a model, switch them, merge them, take them out.
 
-All verbs work in place on any `nn.Module`. Whatever can fail is checked before the model is touched.
+All verbs work in place on any `nn.Module`. Whatever can fail is checked before the model is
+touched.
 """
 
 import re
@@ -78,7 +79,11 @@ class PreparedAdapter:
 
 
 def prepare_adapter(
-    model: nn.Module, plan: list[tuple[Site, AdapterConfig]], *, name: str = "default", mode: Mode = "auto"
+    model: nn.Module,
+    plan: list[tuple[Site, AdapterConfig]],
+    *,
+    name: str = "default",
+    mode: Mode = "auto",
 ) -> PreparedAdapter:
     """Build an adapter for an explicit list of sites without touching the model (see `inject`)."""
     if not re.fullmatch(r"\w[\w-]*", name):
@@ -96,7 +101,9 @@ def prepare_adapter(
     for site, config in plan:
         config.check_site(site)
         chosen = hosts[site.module]
-        _check_dropout(config, site, chosen[1] if chosen else _host(modules[site.module]).state.mode)
+        _check_dropout(
+            config, site, chosen[1] if chosen else _host(modules[site.module]).state.mode
+        )
     shared = _build_shared(plan)
     if shared is not None:
         site = plan[0][0]
@@ -157,8 +164,8 @@ def eject(model: nn.Module, *, merge: bool = False) -> nn.Module:
 def merge(model: nn.Module) -> nn.Module:
     """Add the active changes to the weights, so that inference costs nothing extra.
 
-    Copies of the changed weights are kept until `unmerge`. The sum is formed in at least float32 and
-    rounded once; merging into half precision warns if it loses more than 5 % of the change.
+    Copies of the changed weights are kept until `unmerge`. The sum is formed in at least float32
+    and rounded once; merging into half precision warns if it loses more than 5 % of the change.
 
     Raises:
         AdapterStateError: no adapter, already merged, or an adapted weight is shared with a layer
@@ -248,8 +255,8 @@ def set_scale(model: nn.Module, scale: float, name: str | None = None) -> nn.Mod
 def freeze_base(model: nn.Module, train: Patterns = ()) -> nn.Module:
     """Freeze every base parameter except those that `train` names (`("head", "*.norm")`).
 
-    A pattern is a glob matched against the dotted parameter name, its suffixes, and the names of the
-    modules it belongs to. What stays trainable is saved with the adapter.
+    A pattern is a glob matched against the dotted parameter name, its suffixes, and the names of
+    the modules it belongs to. What stays trainable is saved with the adapter.
 
     Raises:
         TargetError: a pattern that matches no parameter.
@@ -262,7 +269,9 @@ def freeze_base(model: nn.Module, train: Patterns = ()) -> nn.Module:
         found = {name for name, _ in base if matches_parameter(name, pattern)}
         if not found:
             owners = [name.rpartition(".")[0] for name, _ in base]
-            raise TargetError(f"train pattern {pattern!r} matches no parameter{nearest(pattern, owners)}")
+            raise TargetError(
+                f"train pattern {pattern!r} matches no parameter{nearest(pattern, owners)}"
+            )
         kept |= found
     for name, parameter in base:
         parameter.requires_grad_(name in kept)
@@ -283,14 +292,17 @@ def _as_config(method: str | AdapterConfig, options: dict[str, Any]) -> AdapterC
     if isinstance(method, str):
         return build_config(method, options)
     if options:
-        raise ConfigError(f"options {sorted(options)} must be fields of the configuration that was given")
+        raise ConfigError(
+            f"options {sorted(options)} must be fields of the configuration that was given"
+        )
     return method
 
 
 def _build_shared(plan: list[tuple[Site, AdapterConfig]]) -> Shared | None:
     """Build the model-level state, if the method has one."""
     configs = [
-        config for config in dict.fromkeys(config for _, config in plan)
+        config
+        for config in dict.fromkeys(config for _, config in plan)
         if get_method(config.method).shared is not None
     ]
     if len(configs) > 1:
@@ -301,7 +313,9 @@ def _build_shared(plan: list[tuple[Site, AdapterConfig]]) -> Shared | None:
     return None
 
 
-def _build_delta(module: nn.Module, site: Site, config: AdapterConfig, shared: Shared | None) -> Delta:
+def _build_delta(
+    module: nn.Module, site: Site, config: AdapterConfig, shared: Shared | None
+) -> Delta:
     weight = stored(module, parameter_name(module, site.key)).detach()
     delta = get_method(config.method).delta(config, site, shared).to(_adapter_dtype(weight))
     delta.reset_parameters(view_of(weight, site), named_generator(config.seed, site.name))
@@ -336,7 +350,9 @@ def _host(module: nn.Module) -> Host:
 def _hosts(model: nn.Module) -> dict[str, Host]:
     hosts = hosts_of(model)
     if not hosts:
-        raise AdapterStateError(f"this {type(model).__name__} has no adapter; call inject or load first")
+        raise AdapterStateError(
+            f"this {type(model).__name__} has no adapter; call inject or load first"
+        )
     return hosts
 
 
@@ -356,7 +372,8 @@ def _refuse_tied(model: nn.Module, hosts: dict[str, Host]) -> None:
             names = owners.get(id(weight), [])
             if len(names) > 1:
                 raise AdapterStateError(
-                    f"the weight of {path} is shared ({', '.join(names)}): merging would change the others"
+                    f"the weight of {path} is shared ({', '.join(names)}): merging would change "
+                    f"the others"
                 )
 
 

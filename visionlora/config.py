@@ -67,7 +67,8 @@ class LowRankConfig(AdapterConfig):
         """Refuse a rank that the site cannot have."""
         if self.rank > site.max_rank:
             raise ConfigError(
-                f"{self.method}: rank {self.rank} is larger than {site.name or 'the layer'} allows: its view is "
+                f"{self.method}: rank {self.rank} is larger than {site.name or 'the layer'} "
+                f"allows: its view is "
                 f"{site.out_features} x {site.in_features}, so at most {site.max_rank}"
             )
 

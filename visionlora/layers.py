@@ -1,10 +1,10 @@
 """LoRA layers for people who build their models themselves.
 
-    layer = LoRALinear(256, 512, rank=8)                    # a new layer
-    layer = LoRALinear.from_linear(linear, rank=8)          # around a pretrained one, sharing its weight
+    layer = LoRALinear(256, 512, rank=8)              # a new layer
+    layer = LoRALinear.from_linear(linear, rank=8)    # around a given one, sharing its weight
 
-Each is the plain layer with one LoRA adapter named `default` and frozen weights. A model built of them
-trains, saves, loads, merges and ejects like one that went through `inject`; call
+Each is the plain layer with one LoRA adapter named `default` and frozen weights. A model built of
+them trains, saves, loads, merges and ejects like one that went through `inject`; call
 `freeze_base(model, train=("head",))` to freeze what is not an adapter.
 """
 
@@ -15,7 +15,15 @@ import torch
 from torch import nn
 
 from visionlora.errors import TargetError
-from visionlora.hosts import AttentionHost, ConvHost, EmbeddingHost, Host, LinearHost, describe, prepare
+from visionlora.hosts import (
+    AttentionHost,
+    ConvHost,
+    EmbeddingHost,
+    Host,
+    LinearHost,
+    describe,
+    prepare,
+)
 from visionlora.hosts.base import parameter_name, stored, view_of
 from visionlora.hosts.choose import choose_host
 from visionlora.methods.lora import LoRA, LoRAConfig
@@ -28,7 +36,8 @@ Built = TypeVar("Built", bound=nn.Module)
 
 def _add_lora(layer: Any, keys: Sequence[str], seed: int | None, options: dict[str, Any]) -> None:
     """Freeze a fresh host and give it a LoRA adapter on the named sites."""
-    # Like the weights of any new layer, the factors follow torch.manual_seed unless a seed is given.
+    # Like the weights of any new layer, the factors follow torch.manual_seed unless a seed is
+    # given.
     config = LoRAConfig(seed=int(torch.randint(2**31, ())) if seed is None else seed, **options)
     prepare(layer, "auto")
     deltas = {}
@@ -36,7 +45,9 @@ def _add_lora(layer: Any, keys: Sequence[str], seed: int | None, options: dict[s
         site = describe("", layer, key)
         config.check_site(site)
         weight = stored(layer, parameter_name(layer, key)).detach()
-        delta = LoRA(config, site).to(torch.float64 if weight.dtype == torch.float64 else torch.float32)
+        delta = LoRA(config, site).to(
+            torch.float64 if weight.dtype == torch.float64 else torch.float32
+        )
         delta.reset_parameters(view_of(weight, site), named_generator(config.seed, key))
         deltas[key] = (site, delta.to(weight.device))
     for parameter in layer.parameters():
@@ -45,12 +56,18 @@ def _add_lora(layer: Any, keys: Sequence[str], seed: int | None, options: dict[s
 
 
 def _adopt(
-    cls: type[Built], layer: nn.Module, plain: type[nn.Module], keys: Sequence[str], seed: int | None,
+    cls: type[Built],
+    layer: nn.Module,
+    plain: type[nn.Module],
+    keys: Sequence[str],
+    seed: int | None,
     options: dict[str, Any],
 ) -> Built:
     """Return a `cls` that shares every tensor and attribute of a plain layer."""
     if isinstance(layer, Host) or not isinstance(layer, plain):
-        raise TargetError(f"{cls.__name__} is built from a plain {plain.__name__}, got a {type(layer).__name__}")
+        raise TargetError(
+            f"{cls.__name__} is built from a plain {plain.__name__}, got a {type(layer).__name__}"
+        )
     if choose_host(layer, "", layer, "factored")[0] not in cls.__mro__:
         raise TargetError(f"{cls.__name__} cannot be built from a {type(layer).__name__}")
     adopted = cls.__new__(cls)
@@ -68,8 +85,16 @@ class LoRALinear(LinearHost, nn.Linear):
     plain_class: ClassVar[type[nn.Module]] = nn.Linear
 
     def __init__(
-        self, in_features: int, out_features: int, bias: bool = True, *, rank: int = 8,
-        seed: int | None = None, device: Any = None, dtype: Any = None, **options: Any,
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        rank: int = 8,
+        seed: int | None = None,
+        device: Any = None,
+        dtype: Any = None,
+        **options: Any,
     ) -> None:
         """Take the arguments of `nn.Linear`, then the options of `LoRAConfig`."""
         nn.Linear.__init__(self, in_features, out_features, bias, device, dtype)
@@ -89,13 +114,28 @@ class LoRAConv2d(ConvHost, nn.Conv2d):
     plain_class: ClassVar[type[nn.Module]] = nn.Conv2d
 
     def __init__(
-        self, in_channels: int, out_channels: int, kernel_size: Any, *args: Any, rank: int = 8,
-        alpha: float | None = None, scaling: str = "standard", dropout: float = 0.0, init: str = "zero",
-        seed: int | None = None, **layer_options: Any,
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Any,
+        *args: Any,
+        rank: int = 8,
+        alpha: float | None = None,
+        scaling: str = "standard",
+        dropout: float = 0.0,
+        init: str = "zero",
+        seed: int | None = None,
+        **layer_options: Any,
     ) -> None:
         """Take the arguments of `nn.Conv2d`, and the options of `LoRAConfig` by keyword."""
         nn.Conv2d.__init__(self, in_channels, out_channels, kernel_size, *args, **layer_options)
-        options = {"rank": rank, "alpha": alpha, "scaling": scaling, "dropout": dropout, "init": init}
+        options = {
+            "rank": rank,
+            "alpha": alpha,
+            "scaling": scaling,
+            "dropout": dropout,
+            "init": init,
+        }
         _add_lora(self, ("weight",), seed, options)
 
     @classmethod
@@ -112,13 +152,26 @@ class LoRAEmbedding(EmbeddingHost, nn.Embedding):
     plain_class: ClassVar[type[nn.Module]] = nn.Embedding
 
     def __init__(
-        self, num_embeddings: int, embedding_dim: int, padding_idx: int | None = None, *, rank: int = 8,
-        alpha: float | None = None, scaling: str = "standard", init: str = "zero", seed: int | None = None,
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        padding_idx: int | None = None,
+        *,
+        rank: int = 8,
+        alpha: float | None = None,
+        scaling: str = "standard",
+        init: str = "zero",
+        seed: int | None = None,
         **layer_options: Any,
     ) -> None:
         """Take the arguments of `nn.Embedding`, and the options of `LoRAConfig` by keyword."""
         nn.Embedding.__init__(self, num_embeddings, embedding_dim, padding_idx, **layer_options)
-        _add_lora(self, ("weight",), seed, {"rank": rank, "alpha": alpha, "scaling": scaling, "init": init})
+        _add_lora(
+            self,
+            ("weight",),
+            seed,
+            {"rank": rank, "alpha": alpha, "scaling": scaling, "init": init},
+        )
 
     @classmethod
     def from_embedding(
@@ -134,22 +187,42 @@ class LoRAMultiheadAttention(AttentionHost, nn.MultiheadAttention):
     plain_class: ClassVar[type[nn.Module]] = nn.MultiheadAttention
 
     def __init__(
-        self, embed_dim: int, num_heads: int, *args: Any, rank: int = 8, projections: Sequence[str] = ("q", "v"),
-        alpha: float | None = None, scaling: str = "standard", lora_dropout: float = 0.0, init: str = "zero",
-        seed: int | None = None, **layer_options: Any,
+        self,
+        embed_dim: int,
+        num_heads: int,
+        *args: Any,
+        rank: int = 8,
+        projections: Sequence[str] = ("q", "v"),
+        alpha: float | None = None,
+        scaling: str = "standard",
+        lora_dropout: float = 0.0,
+        init: str = "zero",
+        seed: int | None = None,
+        **layer_options: Any,
     ) -> None:
         """Take the arguments of `nn.MultiheadAttention`, and LoRA's by keyword.
 
         `lora_dropout` is the adapter's, because `dropout` is that of the attention weights.
         """
         nn.MultiheadAttention.__init__(self, embed_dim, num_heads, *args, **layer_options)
-        options = {"rank": rank, "alpha": alpha, "scaling": scaling, "dropout": lora_dropout, "init": init}
+        options = {
+            "rank": rank,
+            "alpha": alpha,
+            "scaling": scaling,
+            "dropout": lora_dropout,
+            "init": init,
+        }
         _add_lora(self, _check_projections(projections), seed, options)
 
     @classmethod
     def from_attention(
-        cls, attention: nn.MultiheadAttention, rank: int = 8, *, projections: Sequence[str] = ("q", "v"),
-        seed: int | None = None, **options: Any,
+        cls,
+        attention: nn.MultiheadAttention,
+        rank: int = 8,
+        *,
+        projections: Sequence[str] = ("q", "v"),
+        seed: int | None = None,
+        **options: Any,
     ) -> "LoRAMultiheadAttention":
         """Return a LoRA layer that shares all weights of `attention`."""
         keys = _check_projections(projections)
@@ -161,5 +234,7 @@ def _check_projections(projections: Sequence[str]) -> Sequence[str]:
 
     wrong = [item for item in projections if item not in ATTENTION_SLICES]
     if wrong or not projections:
-        raise TargetError(f"projections must be some of {', '.join(ATTENTION_SLICES)}, got {list(projections)}")
+        raise TargetError(
+            f"projections must be some of {', '.join(ATTENTION_SLICES)}, got {list(projections)}"
+        )
     return projections

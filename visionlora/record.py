@@ -69,7 +69,8 @@ def changed_buffers(model: nn.Module) -> dict[str, Tensor]:
     return {
         name: buffer
         for name, buffer in current.items()
-        if name not in found.buffers or not torch.equal(buffer, found.buffers[name].to(buffer.device))
+        if name not in found.buffers
+        or not torch.equal(buffer, found.buffers[name].to(buffer.device))
     }
 
 

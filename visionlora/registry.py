@@ -1,7 +1,7 @@
 """The registry: methods and presets by name.
 
-Tasks, tests, benchmarks and docs know methods only through `get_method` and `list_methods`, so a new
-file under `methods/` that calls `register` appears everywhere without another edit.
+Tasks, tests, benchmarks and docs know methods only through `get_method` and `list_methods`, so a
+new file under `methods/` that calls `register` appears everywhere without another edit.
 """
 
 import dataclasses
@@ -102,6 +102,7 @@ def build_config(method: str, options: Mapping[str, Any] | None = None) -> Adapt
     for key in values:
         if key not in known:
             raise ConfigError(
-                f"{method} has no option {key!r}{nearest(key, known)}; its options are {', '.join(known)}"
+                f"{method} has no option {key!r}{nearest(key, known)}; its options are "
+                f"{', '.join(known)}"
             )
     return config(**values)

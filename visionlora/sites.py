@@ -5,7 +5,8 @@
 | Linear | `weight` | optional: one projection of a fused layer |
 | Conv2d | `weight.reshape(out, in/groups * kh * kw)` | optional |
 | Embedding | `weight.T`, so `out` is the width and `in` the vocabulary | - |
-| MultiheadAttention | `q`, `k`, `v` rows of `in_proj_weight` (or the three weights), `out` | implied |
+| MultiheadAttention | `q`, `k`, `v` rows of `in_proj_weight` (or the three weights), `out` |
+implied |
 """
 
 import hashlib

@@ -65,7 +65,9 @@ def summary(model: nn.Module) -> Summary:
     first = next((_owner(name) for name, _ in trained), None)
     return Summary(
         adapters={name: "+".join(kinds) for name, kinds in methods.items()},
-        active=tuple(dict.fromkeys(n for host in hosts_of(model).values() for n in host.state.active)),
+        active=tuple(
+            dict.fromkeys(n for host in hosts_of(model).values() for n in host.state.active)
+        ),
         sites=sites,
         trainable=sum(item.numel() for _, item in trained),
         adapter_parameters=adapter_count,
@@ -84,7 +86,8 @@ def _warnings(trained: list[tuple[str, nn.Parameter]], owners: dict[int, str]) -
     # Scalars such as a logit scale enter at the end, wherever they are registered.
     stray = [name for name, item in trained[: places[0]] if item.numel() > 1]
     return tuple(
-        f"{name} is trainable and comes before the first adapter, so backward runs through everything "
+        f"{name} is trainable and comes before the first adapter, so backward runs through "
+        f"everything "
         "after it; freeze it with freeze_base unless that is meant"
         for name in stray
     )
@@ -92,4 +95,6 @@ def _warnings(trained: list[tuple[str, nn.Parameter]], owners: dict[int, str]) -
 
 def _owner(name: str) -> str:
     """Return the layer that a parameter belongs to, without the adapter's own path."""
-    return name.partition(".adapters.")[0] if ".adapters." in name else name.rpartition(".")[0] or name
+    return (
+        name.partition(".adapters.")[0] if ".adapters." in name else name.rpartition(".")[0] or name
+    )

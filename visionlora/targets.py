@@ -1,21 +1,22 @@
 """Which weights get an adapter: patterns, slices, and refusals.
 
 A pattern is a glob over dotted module names, matched against the full name or any dotted suffix
-(`attn.qkv`, `blocks.1?.mlp.fc*`, `visual.*attn`), or a type (`type:Conv2d`). Brackets select slices of
-a fused projection: `attn.qkv[q,v]`, `proj[0:768]`, `visual.*attn[q,k,v,out]` on MultiheadAttention.
-A list of patterns is a union, `exclude` subtracts.
+(`attn.qkv`, `blocks.1?.mlp.fc*`, `visual.*attn`), or a type (`type:Conv2d`). Brackets select
+slices of a fused projection: `attn.qkv[q,v]`, `proj[0:768]`, `visual.*attn[q,k,v,out]` on
+MultiheadAttention. A list of patterns is a union, `exclude` subtracts.
 
 Nothing is silent: every pattern must match a layer that can carry an adapter. A suffix that matches
-Linear and convolution layers alike means the Linear ones (so `proj` leaves a patch embedding alone);
-name convolutions by full name or by type.
+Linear and convolution layers alike means the Linear ones (so `proj` leaves a patch embedding
+alone); name convolutions by full name or by type.
 """
 
 import fnmatch
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import cast
 
-from torch import nn
+from torch import Tensor, nn
 
 from visionlora.errors import TargetError, nearest
 
@@ -48,7 +49,8 @@ def find_targets(
     """Resolve target patterns to layers, in module order.
 
     Raises:
-        TargetError: a pattern is malformed, matches nothing, or matches only layers that cannot carry
+        TargetError: a pattern is malformed, matches nothing, or matches only layers that cannot
+        carry
             an adapter; the message names the nearest module names.
     """
     modules = dict(model.named_modules())
@@ -69,7 +71,9 @@ def find_targets(
         for name in dropped:
             del chosen[name]
     if not chosen:
-        raise TargetError(f"no target left: exclude={exclude!r} removes all that {targets!r} matches")
+        raise TargetError(
+            f"no target left: exclude={exclude!r} removes all that {targets!r} matches"
+        )
     return [Match(name, modules[name], tuple(chosen[name])) for name in modules if name in chosen]
 
 
@@ -83,7 +87,9 @@ def row_range(name: str, out_features: int, key: str) -> tuple[int, int]:
     if bounds:
         start, stop = int(bounds[1]), int(bounds[2])
         if not 0 <= start < stop <= out_features:
-            raise TargetError(f"slice [{start}:{stop}] of {name} is outside its {out_features} rows")
+            raise TargetError(
+                f"slice [{start}:{stop}] of {name} is outside its {out_features} rows"
+            )
         return start, stop
     order = FUSED_ORDER.get(name.rsplit(".", 1)[-1], DEFAULT_ORDER)
     if key not in order:
@@ -120,7 +126,9 @@ def _as_list(patterns: str | Sequence[str]) -> list[str]:
 def _parse(pattern: str) -> tuple[str, tuple[str, ...]]:
     found = _PATTERN.match(pattern.strip())
     if found is None or found["slices"] == "":
-        raise TargetError(f"cannot read target {pattern!r}: expected NAME, NAME[q,v] or NAME[0:768]")
+        raise TargetError(
+            f"cannot read target {pattern!r}: expected NAME, NAME[q,v] or NAME[0:768]"
+        )
     keys = []
     for item in (found["slices"] or "").split(","):
         item = item.strip()
@@ -154,11 +162,20 @@ def _resolve(modules: dict[str, nn.Module], pattern: str) -> dict[str, tuple[str
         if linear:
             usable = {name: usable[name] for name in usable if name in linear or name in exact}
         literal = not any(character in glob for character in "*?[")
-        foreign = next((name for name in matched if name not in usable and not list(matched[name].children())
-                        and not isinstance(matched[name], SUPPORTED)), None)
+        foreign = next(
+            (
+                name
+                for name in matched
+                if name not in usable
+                and not list(matched[name].children())
+                and not isinstance(matched[name], SUPPORTED)
+            ),
+            None,
+        )
         if literal and foreign is not None:
             raise TargetError(
-                f"target {pattern!r} matches {foreign}, a {type(modules[foreign]).__name__}, which cannot "
+                f"target {pattern!r} matches {foreign}, a {type(modules[foreign]).__name__}, "
+                f"which cannot "
                 f"carry an adapter; supported: {_supported_names()}"
             )
     result: dict[str, tuple[str, ...]] = {}
@@ -176,7 +193,9 @@ def _keys_of(
     if name.endswith("out_proj") and isinstance(modules.get(parent), nn.MultiheadAttention):
         # MultiheadAttention reads out_proj.weight and never calls the layer.
         if keys:
-            raise TargetError(f"{name} is the output of an attention layer and has no slices, got {keys}")
+            raise TargetError(
+                f"{name} is the output of an attention layer and has no slices, got {keys}"
+            )
         return parent, ("out",)
     if isinstance(module, nn.MultiheadAttention):
         unknown = [key for key in keys if key not in ATTENTION_SLICES]
@@ -189,7 +208,7 @@ def _keys_of(
     if keys and isinstance(module, nn.Embedding):
         raise TargetError(f"{name} is an Embedding, which has no slices, got {list(keys)}")
     for key in keys:
-        row_range(name, module.weight.shape[0], key)
+        row_range(name, cast(Tensor, module.weight).shape[0], key)
     return name, keys or ("weight",)
 
 
@@ -203,13 +222,15 @@ def _refusal(
     if matched:
         name, module = next(iter(matched.items()))
         return (
-            f"target {pattern!r} matches {name or 'the model'}, a {type(module).__name__}, which cannot "
+            f"target {pattern!r} matches {name or 'the model'}, a {type(module).__name__}, which "
+            f"cannot "
             f"carry an adapter; supported: {_supported_names()}"
         )
     usable = [name for name, module in modules.items() if isinstance(module, SUPPORTED)]
     if glob.startswith("type:"):
         kinds = dict.fromkeys(type(modules[name]).__name__ for name in usable)
-        return f"no module is of type {glob[5:]!r}; layers here are of type {', '.join(kinds) or 'none'}"
+        here = ", ".join(kinds) or "none"
+        return f"no module is of type {glob[5:]!r}; layers here are of type {here}"
     # Near misses: suffixes with as many parts as the pattern has, then any.
     parts = glob.count(".") + 1
     suffixes = dict.fromkeys(".".join(name.split(".")[-parts:]) for name in usable)

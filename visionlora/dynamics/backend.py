@@ -44,8 +44,8 @@ class PlainBackend:
         return nullcontext()
 
     def backward(self, loss: torch.Tensor) -> None:
-        """Run `loss.backward()`."""
-        loss.backward()  # type: ignore[no-untyped-call]
+        """Run the backward of the loss."""
+        torch.autograd.backward(loss)
 
     def unscale(self, optimizer: torch.optim.Optimizer) -> None:
         """Leave the gradients as they are."""

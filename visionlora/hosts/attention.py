@@ -1,8 +1,8 @@
 """nn.MultiheadAttention with separate adapters on its q, k, v and output projections.
 
 The module projects with `in_proj_weight` and `out_proj.weight` directly and never calls a child, so
-wrapping a child would change nothing. This host computes the whole forward itself, for every form of
-mask, layout and option, with `scaled_dot_product_attention` unless weights are asked for.
+wrapping a child would change nothing. This host computes the whole forward itself, for every form
+of mask, layout and option, with `scaled_dot_product_attention` unless weights are asked for.
 """
 
 import math
@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from visionlora.hosts.base import Host, Slot
+from visionlora.hosts.base import Host, Slot, stored
 from visionlora.hosts.linear import adapted_linear
 
 
@@ -33,9 +33,15 @@ class AttentionHost(Host):
         """Return output and attention weights as `nn.MultiheadAttention` does."""
         mha = cast(nn.MultiheadAttention, self)
         if not self.slots:
-            return super().forward(  # type: ignore[misc, no-any-return]
-                query, key, value, key_padding_mask, need_weights, attn_mask,
-                average_attn_weights, is_causal,
+            return super().forward(  # type: ignore[misc]
+                query,
+                key,
+                value,
+                key_padding_mask,
+                need_weights,
+                attn_mask,
+                average_attn_weights,
+                is_causal,
             )
         if is_causal and attn_mask is None:
             raise RuntimeError("is_causal is a hint about attn_mask, which is missing")
@@ -45,18 +51,22 @@ class AttentionHost(Host):
         q, k, v = self._project(*(inputs * 3 if len(inputs) == 1 else inputs))
         mask = _combine_masks(attn_mask, key_padding_mask, q, k.shape[1], mha.num_heads)
         k, v, mask = _extend(mha, k, v, mask)
-        heads = [item.unflatten(-1, (mha.num_heads, -1)).transpose(1, 2) for item in (q, k, v)]
+        q, k, v = (item.unflatten(-1, (mha.num_heads, -1)).transpose(1, 2) for item in (q, k, v))
         drop = mha.dropout if mha.training else 0.0
         weights = None
         if need_weights:
-            output, weights = _explicit_attention(*heads, mask, drop)
+            output, weights = _explicit_attention(q, k, v, mask, drop)
             weights = weights.mean(1) if average_attn_weights else weights
         else:
-            output = F.scaled_dot_product_attention(*heads, attn_mask=mask, dropout_p=drop)
+            output = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=drop)
         output = output.transpose(1, 2).flatten(2)
         output = adapted_linear(
-            output, mha.out_proj._parameters["weight"], mha.out_proj.bias, self._named("out"),  # type: ignore[arg-type]
-            mha.training, self.state.mode,
+            output,
+            stored(mha, "out_proj.weight"),
+            mha.out_proj.bias,
+            self._named("out"),
+            mha.training,
+            self.state.mode,
         )
         if not batched:
             return output.squeeze(0), None if weights is None else weights.squeeze(0)
@@ -72,7 +82,9 @@ class AttentionHost(Host):
         fused = mha._qkv_same_embed_dim
         if fused and query is key and key is value:
             slots = self._named("q", "k", "v")
-            joint = adapted_linear(query, mha.in_proj_weight, mha.in_proj_bias, slots, training, mode)
+            joint = adapted_linear(
+                query, mha.in_proj_weight, mha.in_proj_bias, slots, training, mode
+            )
             return list(joint.chunk(3, dim=-1))
         width = mha.embed_dim
         outputs = []

@@ -1,9 +1,9 @@
 """How an existing layer becomes a host: its class is swapped in place.
 
-`attach` turns a `Linear` into an `AdaptedLinear` that is still a `Linear`: the object, its name, hooks,
-`isinstance` checks and checkpoint keys stay, and adapter tensors appear under
-`<module>.adapters.<name>.<site>.*`. `release` turns it back. `train()`, `eval()`, `repr` and saving have
-no effect on weights.
+`attach` turns a `Linear` into an `AdaptedLinear` that is still a `Linear`: the object, its name,
+hooks, `isinstance` checks and checkpoint keys stay, and adapter tensors appear under
+`<module>.adapters.<name>.<site>.*`. `release` turns it back. `train()`, `eval()`, `repr` and
+saving have no effect on weights.
 
 A host knows layers, not methods: it asks each Delta for factors, an update or the dense change.
 """
@@ -15,7 +15,6 @@ from typing import Any, ClassVar, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from visionlora.config import AdapterConfig
 from visionlora.errors import AdapterStateError, nearest
 from visionlora.methods.base import Delta
 from visionlora.sites import Site
@@ -96,7 +95,12 @@ class Host:
     def all_slots(self) -> list[Slot]:
         """Return the changes of the active adapters, merged or not."""
         return [
-            Slot(key, self.state.sites[name][key].rows, cast(Delta, delta), self.state.strengths[name])
+            Slot(
+                key,
+                self.state.sites[name][key].rows,
+                cast(Delta, delta),
+                self.state.strengths[name],
+            )
             for name in self.state.active
             for key, delta in cast(nn.ModuleDict, self.adapters[name]).items()
         ]
@@ -149,10 +153,12 @@ class Host:
     def extra_repr(self) -> str:
         """Add the adapters to the layer's own description."""
         own = cast(Any, super()).extra_repr()
-        return f"{own}, adapters={list(self.adapters)}" if own else f"adapters={list(self.adapters)}"
+        return (
+            f"{own}, adapters={list(self.adapters)}" if own else f"adapters={list(self.adapters)}"
+        )
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Pickle and copy through the plain class, because the swapped class is made at run time."""
+        """Pickle and copy through the plain class: the swapped class is made at run time."""
         if "generated" in type(self).__dict__:
             return _blank, (_host_base(type(self)), self.plain_class), self.__dict__.copy()
         return super().__reduce_ex__(protocol)
@@ -196,7 +202,7 @@ def release(module: nn.Module) -> None:
     plain = module.plain_class
     for attribute in ("adapters", "state", "_slots"):
         delattr(module, attribute)
-    module.__class__ = plain
+    cast(Any, module).__class__ = plain
 
 
 def find_adapter(names: list[str], name: str) -> str:
@@ -240,7 +246,7 @@ def view_of(weight: Tensor, site: Site) -> Tensor:
 
 
 def _blank(host: type[Host], plain: type[nn.Module]) -> nn.Module:
-    cls = host_class(host, plain)
+    cls: Any = host_class(host, plain)
     return cast(nn.Module, cls.__new__(cls))
 
 
@@ -254,6 +260,9 @@ def _warn_of_lost_change(layer: str, weight: Tensor, merged: Tensor, change: Ten
     lost = float(((merged == weight) & moved).sum()) / max(count, 1)
     if lost > 0.05:
         logger.warning(
-            "merging into %s weights leaves %.0f %% of the changed entries of a %s unmoved; merge in float32",
-            str(weight.dtype).removeprefix("torch."), 100 * lost, layer,
+            "merging into %s weights leaves %.0f %% of the changed entries of a %s unmoved; merge "
+            "in float32",
+            str(weight.dtype).removeprefix("torch."),
+            100 * lost,
+            layer,
         )

@@ -1,15 +1,15 @@
 """Which host a layer gets, and the site it offers: decided before anything is changed.
 
-A layer is hosted by its own fast forward if it is called the ordinary way. It is hosted in dense mode
-if its class has a forward of its own, or if the source of a module around it reads `<layer>.weight`
-directly, because such a reader would bypass the adapter and it would never train.
+A layer is hosted by its own fast forward if it is called the ordinary way. It is hosted in dense
+mode if its class has a forward of its own, or if the source of a module around it reads
+`<layer>.weight` directly, because such a reader would bypass the adapter and it would never train.
 """
 
 import dis
 import functools
 import inspect
 import types
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from typing import cast
 
 from torch import Tensor, nn
@@ -36,7 +36,9 @@ _HARMLESS = frozenset({"dtype", "device", "shape", "size", "requires_grad", "num
 _LOADS = frozenset({"LOAD_ATTR", "LOAD_METHOD"})
 
 
-def choose_host(model: nn.Module, name: str, module: nn.Module, mode: Mode) -> tuple[type[Host], Mode]:
+def choose_host(
+    model: nn.Module, name: str, module: nn.Module, mode: Mode
+) -> tuple[type[Host], Mode]:
     """Return the host class and mode of a plain layer.
 
     Raises:
@@ -70,7 +72,8 @@ def describe(name: str, module: nn.Module, key: str) -> Site:
     weight = cast("Tensor | None", module._parameters.get("weight"))
     if weight is None or weight.dim() < 2 or not weight.is_floating_point():
         raise TargetError(
-            f"{name or 'the layer'} ({type(module).__name__}) has no floating-point weight parameter: "
+            f"{name or 'the layer'} ({type(module).__name__}) has no floating-point weight "
+            f"parameter: "
             "quantised and parametrised layers cannot carry an adapter"
         )
     if isinstance(module, nn.Embedding):
@@ -82,7 +85,9 @@ def describe(name: str, module: nn.Module, key: str) -> Site:
     if key == "weight":
         return Site(name, key, kind, weight.shape[0], columns, None, groups)
     if groups != 1:
-        raise TargetError(f"{name} is a grouped convolution, whose rows cannot be sliced, got [{key}]")
+        raise TargetError(
+            f"{name} is a grouped convolution, whose rows cannot be sliced, got [{key}]"
+        )
     start, stop = row_range(name, weight.shape[0], key)
     return Site(name, key, kind, stop - start, columns, (start, stop))
 
@@ -99,11 +104,12 @@ def _describe_attention(name: str, module: nn.MultiheadAttention, key: str) -> S
 
 
 def read_by(model: nn.Module, name: str) -> str:
-    """Return why a layer is bypassed (`BeitAttention.forward reads qkv.weight`), or an empty string.
+    """Return why a layer is bypassed (`Attention.forward reads qkv.weight`), or an empty string.
 
-    Looks at every module around the layer, in the code that its forward can reach, for an expression
-    `<...>.leaf.weight` whose value is used. Functions outside those classes are not seen; the training
-    loop's check that every trainable tensor receives a gradient stands behind this one.
+    Looks at every module around the layer, in the code that its forward can reach, for an
+    expression `<...>.leaf.weight` whose value is used. Functions outside those classes are not
+    seen; the training loop's check that every trainable tensor receives a gradient stands behind
+    this one.
     """
     *path, leaf = name.split(".")
     owner = model
@@ -112,7 +118,7 @@ def read_by(model: nn.Module, name: str) -> str:
         owner = getattr(owner, part)
         around.append(owner)
     for owner in reversed(around):
-        method = _weight_reads(type(owner)).get(leaf)
+        method = _weight_reads(cast(Hashable, type(owner))).get(leaf)
         if method:
             return f"{type(owner).__name__}.{method} reads {leaf}.weight"
     return ""
@@ -120,7 +126,7 @@ def read_by(model: nn.Module, name: str) -> str:
 
 @functools.cache
 def _weight_reads(cls: type) -> dict[str, str]:
-    """Return `{attribute: method}` for every `<...>.attribute.weight` that the forward can reach."""
+    """Return `{attribute: method}` for each `<...>.attribute.weight` that forward can reach."""
     waiting = [name for name in dir(cls) if name.startswith(("forward", "encode"))]
     seen: set[str] = set()
     found: dict[str, str] = {}
@@ -131,7 +137,9 @@ def _weight_reads(cls: type) -> dict[str, str]:
             continue
         seen.add(method)
         for part in _with_nested(code):
-            waiting.extend(item for item in part.co_names if item not in seen and hasattr(cls, item))
+            waiting.extend(
+                item for item in part.co_names if item not in seen and hasattr(cls, item)
+            )
             if "weight" in part.co_names:
                 for attribute in _reads(part):
                     found.setdefault(attribute, method)
@@ -146,7 +154,7 @@ def _with_nested(code: types.CodeType) -> Iterator[types.CodeType]:
 
 
 def _reads(code: types.CodeType) -> Iterator[str]:
-    """Yield `a` for each run of instructions that loads `.a`, then `.weight`, and uses the value."""
+    """Yield `a` for each place that loads `.a`, then `.weight`, and uses the value."""
     steps = [
         (step.opname, step.argval)
         for step in dis.get_instructions(code)

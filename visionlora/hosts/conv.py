@@ -3,18 +3,19 @@
 The view of the weight is `(out, in/groups * kh * kw)`. The factor path is exact and mergeable for
 every grouping: with `A: r x in/groups kh kw` and `B: out x r`,
 
-    h = conv2d(x, A repeated once per group, stride, padding, dilation, groups),   y += s conv1x1(h, B, groups)
+    h = conv2d(x, A repeated once per group, stride, padding, dilation, groups)
+    y += s * conv1x1(h, B, groups)
 
-which equals a convolution with `B A` in the shape of the weight. For depthwise layers forming `B A` is
-cheaper, and the formula of `dense_is_cheaper` chooses that.
+which equals a convolution with `B A` in the shape of the weight. For depthwise layers forming `B
+A` is cheaper, and the formula of `dense_is_cheaper` chooses that.
 """
 
-from typing import cast
+from typing import Any, cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from visionlora.hosts.base import Host, rows_of
+from visionlora.hosts.base import Host, Slot, rows_of
 from visionlora.hosts.linear import dense_is_cheaper, output_change, with_changes
 
 
@@ -32,7 +33,9 @@ class ConvLayer:
         if conv.padding_mode != "zeros":
             x = F.pad(x, conv._reversed_padding_repeated_twice, mode=conv.padding_mode)
             padding = (0, 0)
-        return F.conv2d(x, weight, bias, conv.stride, cast(str, padding), conv.dilation, conv.groups)
+        return F.conv2d(
+            x, weight, bias, conv.stride, cast(str, padding), conv.dilation, conv.groups
+        )
 
     def down(self, x: Tensor, matrix: Tensor) -> Tensor:
         """Thin convolution to r maps per group."""
@@ -56,7 +59,7 @@ class ConvHost(Host):
     """A Conv2d with adapters."""
 
     weight: Tensor
-    bias: Tensor | None
+    bias: Any
     training: bool
 
     def forward(self, x: Tensor) -> Tensor:
@@ -65,7 +68,8 @@ class ConvHost(Host):
         plain = ConvLayer(conv, self.weight.flatten(1))
         if not self.slots:
             return plain.full(x, self.weight, self.bias)
-        dense, thin = [], []
+        dense: list[Slot] = []
+        thin: list[Slot] = []
         positions = x.numel() // (x.shape[-3] * conv.stride[0] * conv.stride[1])
         for slot in self.slots:
             factors = slot.delta.factors()
@@ -73,7 +77,9 @@ class ConvHost(Host):
             cheap = factors is None or (
                 self.state.mode == "auto"
                 and not drops
-                and dense_is_cheaper(factors, rows_of(self.weight, slot.rows), positions, conv.groups)
+                and dense_is_cheaper(
+                    factors, rows_of(self.weight, slot.rows), positions, conv.groups
+                )
             )
             (dense if cheap and slot.delta.update is None else thin).append(slot)
         kernel = self.weight

@@ -46,7 +46,12 @@ class EmbeddingHost(Host):
         """Return the rows plus the active changes."""
         embedding = cast(nn.Embedding, self)
         base = F.embedding(
-            index, self.weight, embedding.padding_idx, None, 2.0, embedding.scale_grad_by_freq,
+            index,
+            self.weight,
+            embedding.padding_idx,
+            None,
+            2.0,
+            embedding.scale_grad_by_freq,
             embedding.sparse,
         )
         y = base

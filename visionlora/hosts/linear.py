@@ -5,6 +5,8 @@ factor path, the dense path where the formula says that forming the change is ch
 own `update`.
 """
 
+from typing import Any
+
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -41,7 +43,7 @@ class LinearHost(Host):
     """A Linear with adapters."""
 
     weight: Tensor
-    bias: Tensor | None
+    bias: Any
     training: bool
 
     def forward(self, x: Tensor) -> Tensor:
@@ -69,7 +71,9 @@ def adapted_linear(
         factors = None if mode == "dense" else slot.delta.factors()
         drops = training and slot.delta.dropout > 0
         if factors is None or (
-            mode == "auto" and not drops and dense_is_cheaper(factors, rows_of(weight, slot.rows), tokens)
+            mode == "auto"
+            and not drops
+            and dense_is_cheaper(factors, rows_of(weight, slot.rows), tokens)
         ):
             dense.append(slot)
         else:
@@ -82,14 +86,18 @@ def adapted_linear(
     # Branches with the same fold and dropout share one input, one product and one saved tensor.
     groups: dict[tuple[int, float], list[Branch]] = {}
     for slot, branch in factored:
-        groups.setdefault((slot.delta.fold, slot.delta.dropout if training else 0.0), []).append(branch)
+        groups.setdefault((slot.delta.fold, slot.delta.dropout if training else 0.0), []).append(
+            branch
+        )
     (first, branches), *others = groups.items()
     y = lora_linear(x, effective, bias, branches, _branch_input(x, *first))
     for key, more in others:
         z = _branch_input(x, *key)
         for branch in more:
             h = F.linear(x if z is None else z, branch.down.to(y.dtype))
-            y = y + padded(branch.scale * F.linear(h, branch.up.to(y.dtype)), branch.rows, y.shape[-1])
+            y = y + padded(
+                branch.scale * F.linear(h, branch.up.to(y.dtype)), branch.rows, y.shape[-1]
+            )
     return y
 
 
@@ -156,4 +164,3 @@ def output_change(base: Tensor, x: Tensor, slot: Slot, layer: Layer) -> Tensor:
     up, down = (factor.to(base.dtype) for factor in factors)
     hidden = layer.down(layer.dropout(x, slot.delta.dropout), down.repeat(1, slot.delta.fold))
     return slot.scale * layer.up(hidden, up)
-

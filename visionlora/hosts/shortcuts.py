@@ -1,11 +1,11 @@
 """Torch's own inference shortcuts, which read weights past the adapted layers inside them.
 
-`nn.TransformerEncoderLayer` hands all its weights to one fused kernel in inference, unless a hook sits
-on some module inside; `nn.TransformerEncoder` turns padded batches into nested tensors for that
-kernel. Both are closed while adapters are present and opened again by `eject`.
+`nn.TransformerEncoderLayer` hands all its weights to one fused kernel in inference, unless a hook
+sits on some module inside; `nn.TransformerEncoder` turns padded batches into nested tensors for
+that kernel. Both are closed while adapters are present and opened again by `eject`.
 """
 
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -19,12 +19,15 @@ def close_shortcuts(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoderLayer):
             for inner in module.modules():
-                if isinstance(inner, Host) and _no_shortcut not in inner._forward_pre_hooks.values():
+                if (
+                    isinstance(inner, Host)
+                    and _no_shortcut not in inner._forward_pre_hooks.values()
+                ):
                     inner.register_forward_pre_hook(_no_shortcut)
-        elif isinstance(module, nn.TransformerEncoder) and getattr(module, "use_nested_tensor", False):
-            if any(isinstance(inner, Host) for inner in module.modules()):
-                module.use_nested_tensor = False
-                setattr(module, _NESTED, True)
+        nested = isinstance(module, nn.TransformerEncoder) and module.use_nested_tensor
+        if nested and any(isinstance(inner, Host) for inner in module.modules()):
+            cast(Any, module).use_nested_tensor = False
+            setattr(module, _NESTED, True)
 
 
 def reopen_shortcuts(model: nn.Module) -> None:
@@ -33,7 +36,7 @@ def reopen_shortcuts(model: nn.Module) -> None:
         for key in [key for key, hook in module._forward_pre_hooks.items() if hook is _no_shortcut]:
             del module._forward_pre_hooks[key]
         if hasattr(module, _NESTED):
-            module.use_nested_tensor = True
+            cast(Any, module).use_nested_tensor = True
             delattr(module, _NESTED)
 
 

@@ -55,7 +55,9 @@ def place(model: nn.Module, entries: Entries) -> list[tuple[str, Delta]]:
     return [(paths.get(id(delta), site.name), delta) for site, delta in entries]
 
 
-def trained_tensors(placed: Iterable[tuple[str, Delta]], shared: Shared | None) -> dict[str, Tensor]:
+def trained_tensors(
+    placed: Iterable[tuple[str, Delta]], shared: Shared | None
+) -> dict[str, Tensor]:
     """Return the trainables of an adapter by file key."""
     tensors: dict[str, Tensor] = {
         f"adapter.{path}.{name}": parameter
@@ -70,7 +72,9 @@ def trained_tensors(placed: Iterable[tuple[str, Delta]], shared: Shared | None) 
 def seeded_tensors(placed: Iterable[tuple[str, Delta]], shared: Shared | None) -> dict[str, Tensor]:
     """Return the seeded tensors of an adapter by file key."""
     tensors = {
-        f"frozen.{path}.{name}": tensor for path, delta in placed for name, tensor in delta.frozen().items()
+        f"frozen.{path}.{name}": tensor
+        for path, delta in placed
+        for name, tensor in delta.frozen().items()
     }
     if shared is not None:
         tensors |= {f"frozen.shared.{name}": tensor for name, tensor in shared.frozen().items()}
@@ -80,11 +84,13 @@ def seeded_tensors(placed: Iterable[tuple[str, Delta]], shared: Shared | None) -
 def base_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Return trained base parameters and changed buffers by file key."""
     heads = {name: item for name, item in record.base_parameters(model) if item.requires_grad}
-    return {f"base.{name}": item for name, item in {**heads, **record.changed_buffers(model)}.items()}
+    return {
+        f"base.{name}": item for name, item in {**heads, **record.changed_buffers(model)}.items()
+    }
 
 
 def base_figures(model: nn.Module, sites: Iterable[Site]) -> dict[str, list[float]]:
-    """Return norm, first, middle and last value of every adapted weight, to recognise a base model."""
+    """Return norm, first, middle and last value of each adapted weight, to recognise a base."""
     figures = {}
     for site in sites:
         module = model.get_submodule(site.module)
@@ -112,6 +118,9 @@ def refuse_non_finite(tensors: dict[str, Tensor], where: str) -> None:
 def same_site(one: Site, other: Site) -> bool:
     """Whether two sites have the same weight view."""
     return (one.kind, one.out_features, one.in_features, one.rows, one.groups) == (
-        other.kind, other.out_features, other.in_features, other.rows, other.groups
+        other.kind,
+        other.out_features,
+        other.in_features,
+        other.rows,
+        other.groups,
     )
-

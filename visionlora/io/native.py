@@ -1,9 +1,9 @@
 """The native adapter file: one safetensors file with its description in the metadata.
 
-The tensors are those of `visionlora.io.contents`. The metadata holds, as JSON, the configurations, the
-sites with their shapes, fingerprints of the seeded tensors, and a few numbers of every adapted weight,
-by which a wrong base model is recognised. `load` reads and checks everything before it touches the
-model, so a refused file leaves the model as it was.
+The tensors are those of `visionlora.io.contents`. The metadata holds, as JSON, the configurations,
+the sites with their shapes, fingerprints of the seeded tensors, and a few numbers of every adapted
+weight, by which a wrong base model is recognised. `load` reads and checks everything before it
+touches the model, so a refused file leaves the model as it was.
 """
 
 import dataclasses
@@ -47,7 +47,9 @@ class AdapterFile:
     """Figures of the adapted weights."""
 
 
-def save(model: nn.Module, path: str | Path, *, name: str | None = None, frozen: bool = False) -> Path:
+def save(
+    model: nn.Module, path: str | Path, *, name: str | None = None, frozen: bool = False
+) -> Path:
     """Write one adapter, the trained heads and the changed buffers to a safetensors file.
 
     Args:
@@ -147,14 +149,17 @@ def read_adapter(path: str | Path) -> AdapterFile:
             metadata = stream.metadata() or {}
             tensors = {key: stream.get_tensor(key) for key in stream.keys()}  # noqa: SIM118
     except (safetensors.SafetensorError, OSError) as error:
-        raise AdapterFileError(f"{path} is truncated or not a safetensors file ({error})") from error
+        raise AdapterFileError(
+            f"{path} is truncated or not a safetensors file ({error})"
+        ) from error
     if "visionlora" not in metadata:
         raise AdapterFileError(f"{path} has no visionlora description: another tool wrote it")
     try:
         header = json.loads(metadata["visionlora"])
         if header["format"] != FORMAT or header["version"] > VERSION:
             raise AdapterFileError(
-                f"{path} has format {header['format']} version {header['version']}; this version of "
+                f"{path} has format {header['format']} version {header['version']}; this version "
+                f"of "
                 f"visionlora reads {FORMAT} up to version {VERSION}"
             )
         configs = [_read_config(item) for item in header["configs"]]
@@ -171,7 +176,7 @@ def read_adapter(path: str | Path) -> AdapterFile:
 
 
 def adapter_state_dict(model: nn.Module, name: str | None = None) -> dict[str, Tensor]:
-    """Return the trainables of one adapter, the trained heads and the changed buffers, by file key."""
+    """Return trainables, trained heads and changed buffers of one adapter, by file key."""
     name = _choose(model, name)
     placed = contents.place(model, contents.entries_of(model, name))
     trained = contents.trained_tensors(placed, contents.shared_of(model, name))
@@ -209,7 +214,9 @@ def _write(path: Path, data: bytes) -> None:
 
 
 def _read_config(item: dict[str, Any]) -> AdapterConfig:
-    return build_config(item["method"], {key: value for key, value in item.items() if key != "method"})
+    return build_config(
+        item["method"], {key: value for key, value in item.items() if key != "method"}
+    )
 
 
 def _read_site(item: dict[str, Any]) -> Site:
@@ -252,7 +259,8 @@ def _check_base(model: nn.Module, file: AdapterFile) -> None:
         )
         if not close:
             raise AdapterFileError(
-                f"{file.path} was trained on other base weights: {name} differs; load the weights it was "
+                f"{file.path} was trained on other base weights: {name} differs; load the weights "
+                f"it was "
                 "trained on, or pass check_base=False"
             )
 
@@ -264,10 +272,12 @@ def _check_seeded(file: AdapterFile, seeded: dict[str, Tensor]) -> None:
             continue
         here = contents.fingerprint(seeded[key]) if key in seeded else []
         if len(here) != len(there) or any(
-            abs(one - other) > 1e-6 * max(1.0, abs(other)) for one, other in zip(here, there, strict=True)
+            abs(one - other) > 1e-6 * max(1.0, abs(other))
+            for one, other in zip(here, there, strict=True)
         ):
             raise AdapterFileError(
-                f"seeded tensor {key} differs from the one trained with; save again with frozen=True "
+                f"seeded tensor {key} differs from the one trained with; save again with "
+                f"frozen=True "
                 "where it was trained"
             )
 
@@ -294,7 +304,8 @@ def _check_fit(tensors: dict[str, Tensor], targets: dict[str, Tensor]) -> None:
     for key, target in targets.items():
         if target.shape != tensors[key].shape:
             raise AdapterFileError(
-                f"{key} has shape {tuple(tensors[key].shape)}, this model needs {tuple(target.shape)}"
+                f"{key} has shape {tuple(tensors[key].shape)}, this model needs "
+                f"{tuple(target.shape)}"
             )
 
 

@@ -5,8 +5,8 @@ differentiably, as `delta(weight)`. Everything else is an optional faster way to
 and is tested against that definition:
 
 * `factors()`: the change as `scale * up @ down`; hosts then never form it.
-* `fold = n`: the change has n equal column blocks, `scale * up @ [down ... down]`, so a host may add
-  the n input slices first and multiply once.
+* `fold = n`: the change has n equal column blocks, `scale * up @ [down ... down]`, so a host may
+  add the n input slices first and multiply once.
 * `update(y, x, layer)`: for paths that are neither, such as DoRA's rescaled output.
 
 A Delta knows nothing of devices, dtypes, quantisation, merging or files: hosts and io own those.

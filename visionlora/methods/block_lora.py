@@ -18,9 +18,9 @@ Initial values (derived): A_0 uniform in +-1/sqrt(in) in both layouts, B = 0. Sc
 CLIP-LoRA): s = alpha / sqrt(r) with the nominal r, alpha = 1, r = 2, n = 2, dropout 0.25.
 Trained: r in/n + r out scalars a site. Merge: W + Delta W.
 
-Known property of the rank layout: all arms receive the same gradient, so arms that start at zero stay
-equal, and training is that of LoRA of rank r/n whose up-matrix learns n times faster (and decays n
-times slower). The arms are kept as parameters, but are added up before the product.
+Known property of the rank layout: all arms receive the same gradient, so arms that start at zero
+stay equal, and training is that of LoRA of rank r/n whose up-matrix learns n times faster (and
+decays n times slower). The arms are kept as parameters, but are added up before the product.
 """
 
 from dataclasses import dataclass
@@ -63,7 +63,8 @@ class BlockLoRAConfig(LowRankConfig):
             raise ConfigError(f"block-lora: blocks must be at least 1, got {self.blocks}")
         if self.layout == "rank" and self.rank % self.blocks:
             raise ConfigError(
-                f"block-lora: blocks must divide the rank in layout 'rank', got {self.blocks} blocks "
+                f"block-lora: blocks must divide the rank in layout 'rank', got {self.blocks} "
+                f"blocks "
                 f"and rank {self.rank}"
             )
 
@@ -72,7 +73,8 @@ class BlockLoRAConfig(LowRankConfig):
         super().check_site(site)
         if self.layout == "grid" and site.in_features % self.blocks:
             raise ConfigError(
-                f"block-lora: blocks must divide the input in layout 'grid', got {self.blocks} blocks "
+                f"block-lora: blocks must divide the input in layout 'grid', got {self.blocks} "
+                f"blocks "
                 f"and {site.in_features} input features at {site.name or 'the layer'}"
             )
 
@@ -87,9 +89,7 @@ class BlockLoRA(Delta):
         by_rank = config.layout == "rank"
         self.fold = 1 if by_rank else config.blocks
         self.arms = config.blocks if by_rank else 1
-        self.A = nn.Parameter(
-            torch.empty(config.rank // self.arms, site.in_features // self.fold)
-        )
+        self.A = nn.Parameter(torch.empty(config.rank // self.arms, site.in_features // self.fold))
         self.B = nn.Parameter(torch.empty(site.out_features, config.rank))
 
     @property

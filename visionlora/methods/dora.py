@@ -2,12 +2,12 @@ r"""DoRA: weight-decomposed low-rank adaptation (Liu et al. 2024, arXiv 2402.093
 
     V = W + s * B A,   W' = diag(m / |V|) V,   Delta W = W' - W
 
-`|V|` holds the 2-norm of every row of V (one per output feature) and is treated as a constant in the
-gradient, as section 4.3 of the paper has it. m: out, trained, starts at |W|, so W' = W at first (up to
+`|V|` holds the 2-norm of every row of V (one per output feature) and is a constant in the gradient,
+as section 4.3 of the paper has it. m: out, trained, starts at |W|, so that W' = W at first (up to
 rounding). B: out x r = 0, A: r x in uniform in +-1/sqrt(in), s = alpha / r.
 
-Fast path: y = (m / |V|) * (W x + s B A x) + b needs no second product with W, and the row norms need
-no out x in matrix:
+Fast path: y = (m / |V|) * (W x + s B A x) + b needs no second product with W, and the row norms
+need no out x in matrix:
 
     |v_i|^2 = |w_i|^2 + 2 s b_i . (A w_i) + s^2 b_i (A A^T) b_i
 
@@ -73,7 +73,9 @@ class DoRA(Delta):
 
     def update(self, y: Tensor, x: Tensor, layer: Layer) -> Tensor:
         """Return `m / |V| * (y + s B A dropout(x))` for the output y without bias."""
-        hidden = layer.down(layer.dropout(x, self.dropout), self.A.to(x.dtype if x.is_floating_point() else y.dtype))
+        hidden = layer.down(
+            layer.dropout(x, self.dropout), self.A.to(x.dtype if x.is_floating_point() else y.dtype)
+        )
         y = y + layer.up(hidden, (self.scale * self.B).to(hidden.dtype))
         ratio = self.magnitude / self.row_norms(layer.weight)
         return y * layer.per_output(ratio).to(y.dtype)

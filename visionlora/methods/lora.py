@@ -3,9 +3,9 @@ r"""LoRA: low-rank adaptation (Hu et al. 2021, arXiv 2106.09685).
     Delta W = s * B A,   B: out x r,  A: r x in,   s = alpha / r   (rsLoRA: alpha / sqrt(r))
     y = W x + b + s * B (A dropout(x))
 
-Initial values: `init="zero"`: A uniform in +-1/sqrt(in) (Kaiming with a = sqrt 5), B = 0, so that the
-change is zero. `init="normal"`: both A and B from N(0, 0.02^2), as LoRAT trains its trackers
-(Lin et al. 2024, arXiv 2403.05231); the change is then small but not zero.
+Initial values: `init="zero"`: A uniform in +-1/sqrt(in) (Kaiming with a = sqrt 5) and B = 0, so
+that the change is zero. `init="normal"`: both factors from N(0, 0.02^2), as LoRAT trains its
+trackers (Lin et al. 2024, arXiv 2403.05231); the change is then small but not zero.
 
 Trained: A and B, r (out + in) scalars a site. Frozen: everything else.
 Merge: W + s B A. On an Embedding the roles swap, as in the reference implementations: A = 0 and B

@@ -2,8 +2,8 @@ r"""LoRA-FA: LoRA with a frozen down-projection (Zhang et al. 2023, arXiv 2308.0
 
     Delta W = s * B A,   B: out x r trained,  A: r x in random and frozen,   s = alpha / r
 
-Because A is not trained, the layer's input need not be kept for backward: only `h = A x`, of width r.
-Initial values: A uniform in +-1/sqrt(in) from the seeded generator, B = 0.
+Because A is not trained, the layer's input need not be kept for backward: only `h = A x`, of width
+r. Initial values: A uniform in +-1/sqrt(in) from the seeded generator, B = 0.
 Trained: r * out scalars a site. A is not stored in files: it is drawn again from the seed, and a
 fingerprint of it is compared. Merge: W + s B A.
 """

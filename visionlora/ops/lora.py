@@ -2,19 +2,20 @@ r"""A linear layer and its low-rank branches as one differentiable function.
 
     y = x W^T + b,   y[:, rows_i] += s_i (z A_i^T) B_i^T
 
-`z` is the input of the branches: `x`, or `x` after dropout, or `x` with its slices added. Written as
-plain autograd this costs a temporary of the size of `y` for the branch, one for its scaled copy and
-one for the sum; here the branch accumulates into the base output (`addmm_`), the scale is applied to
-tensors of width r, and all branches of a layer share one product with the stacked `A_i` and one saved
-input. Backward, with `g = dL/dy`:
+`z` is the input of the branches: `x`, or `x` after dropout, or `x` with its slices added. Written
+as plain autograd this costs a temporary of the size of `y` for the branch, one for its scaled copy
+and one for the sum; here the branch accumulates into the base output (`addmm_`), the scale is
+applied to tensors of width r, and all branches of a layer share one product with the stacked `A_i`
+and one saved input. Backward, with `g = dL/dy`:
 
     gh_i = s_i g[:, rows_i] B_i,  dB_i = s_i g[:, rows_i]^T h_i,  dA = gh^T z,  dx = g W + gh A
 
-Saved for backward: `z` (only if some A is trained), `h` (only if some B is trained), and references to
-the weights. The backward is itself differentiable, so second-order methods work.
+Saved for backward: `z` (only if some A is trained), `h` (only if some B is trained), and
+references to the weights. The backward is itself differentiable, so second-order methods work: `h`
+is a second output, because a saved tensor that is neither input nor output counts as a constant.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -62,7 +63,7 @@ def _apply(
     factors = [tensor for branch in branches for tensor in (branch.up, branch.down)]
     x2 = x.reshape(-1, x.shape[-1])
     z2 = None if z is None else z.reshape(-1, z.shape[-1])
-    y = _LoRALinear.apply(x2, z2, weight, bias, layout, *factors)
+    y, _ = _LoRALinear.apply(x2, z2, weight, bias, layout, *factors)
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
@@ -103,25 +104,32 @@ class _LoRALinear(torch.autograd.Function):
             weight,
             *factors,
         )
-        return y
+        ctx.set_materialize_grads(False)
+        return y, h
 
     @staticmethod
-    def backward(ctx, g):  # type: ignore[no-untyped-def]
+    def backward(ctx, g, g_hidden):  # type: ignore[no-untyped-def]
         x, z, h, weight, *factors = ctx.saved_tensors
         ups, downs = factors[0::2], factors[1::2]
         needs = ctx.needs_input_grad
         dtype = ctx.dtype
+        if g is None:  # second order: only the hidden output was used
+            g = g_hidden.new_zeros(g_hidden.shape[0], weight.shape[0])
         hidden, grad_ups, start = [], [], 0
         for index, ((scale, rows), up) in enumerate(zip(ctx.layout, ups, strict=True)):
             part = _rows(g, rows)
-            hidden.append((part @ up.to(dtype)).mul_(scale))
+            # A contiguous B^T here, and h^T g instead of g^T h below: the same sums, in the layout
+            # in which thin matrix products are up to nine times faster.
+            hidden.append(F.linear(part, up.to(dtype).t().contiguous()).mul_(scale))
             grad = None
             if needs[5 + 2 * index]:
                 used = h[:, start : start + up.shape[1]]
-                grad = (part.t() @ used).mul_(scale).to(up.dtype)
+                grad = (used.t() @ part).mul_(scale).t().to(up.dtype)
             grad_ups.append(grad)
             start += up.shape[1]
         gh = hidden[0] if len(hidden) == 1 else torch.cat(hidden, dim=1)
+        if g_hidden is not None:
+            gh = gh + g_hidden
         down = _stack(tuple(downs), dtype)
         grad_x = g @ weight.to(dtype) if needs[0] else None
         grad_z = None

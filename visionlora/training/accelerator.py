@@ -126,7 +126,7 @@ class AcceleratorBackend:
         """Run the backward of one loss, scaled under fp16."""
         # Accelerator.backward would also divide by an accumulation count from its own settings.
         scaler = self.accelerator.scaler
-        (loss if scaler is None else scaler.scale(loss)).backward()
+        torch.autograd.backward(loss if scaler is None else scaler.scale(loss))
 
     def unscale(self, optimizer: torch.optim.Optimizer) -> None:
         """Divide the gradients by the loss scale."""

@@ -148,8 +148,11 @@ def _joined(flag: str, kind: Any, values: list[str]) -> str:
     if not values and _holds(kind, bool):
         return "true"
     if kind is Any:
-        parsed = [_scalar(value) for value in values]
-        return json.dumps(parsed[0] if len(parsed) == 1 else _some(flag, parsed))
+        parsed = [_scalar(value) for value in _some(flag, values)]
+        if len(parsed) > 1:
+            return json.dumps(parsed)
+        # jsonargparse would keep the quotes of a JSON text here.
+        return parsed[0] if isinstance(parsed[0], str) else json.dumps(parsed[0])
     if _holds(kind, list) or _holds(kind, tuple):
         _some(flag, values)
         if len(values) == 1 and (values[0].startswith("[") or values[0] in ("null", "None")):
@@ -161,9 +164,12 @@ def _joined(flag: str, kind: Any, values: list[str]) -> str:
 def _scalar(text: str) -> Any:
     """Parse a word as YAML; unlike YAML 1.1, take `1e-3` for a number."""
     try:
-        return float(text) if re.fullmatch(r"[-+]?\d+[eE][-+]?\d+", text) else yaml.safe_load(text)
+        if re.fullmatch(r"[-+]?\d+[eE][-+]?\d+", text):
+            return float(text)
+        value = yaml.safe_load(text)
     except yaml.YAMLError:
         return text
+    return value if isinstance(value, bool | int | float | list | dict | None) else text
 
 
 def _some(flag: str, values: list[Any]) -> list[Any]:
@@ -213,8 +219,8 @@ def _explained(message: str, options: dict[str, Any]) -> ConfigError:
     found = re.search(r'[Kk]ey "([^"]+)".*(?:Got|Given) value: (.*?)\s*$', message, flags=re.DOTALL)
     if found is None or found[1] not in options:
         return ConfigError(" ".join(message.split()))
-    name, value = found[1], found[2].splitlines()[0]
-    kind = options[name]
+    kind, value = options[found[1]], found[2].splitlines()[0]
+    name = found[1].replace("_", "-")
     allowed = [arm for arm in get_args(kind) if _origin(arm) is Literal] or [kind]
     if _origin(allowed[0]) is Literal:
         choices = [str(choice) for choice in get_args(allowed[0])]
