@@ -1,9 +1,9 @@
 """A small run with everything that a resume must restore; also the body of killed processes.
 
-As a script: `toy_training.py FOLDER STEPS [fresh|resume] [PAUSE]`. It writes the final parameters as
-hex to FOLDER/final.json and `FOLDER/at-STEP` when a step begins, so that a test can kill it there.
+As a script: `toy_training.py slow|distributed FOLDER`.
 """
 
+import contextlib
 import json
 import sys
 import time
@@ -99,28 +99,49 @@ def toy_fit(model, run, *, steps=12, batches=None, dynamics=None, **settings):
 
 def exact(model):
     """Return the state of a model as text that is equal only for equal bits."""
-    return {key: value.double().numpy().tobytes().hex() for key, value in model.state_dict().items()}
+    return {
+        key: value.double().numpy().tobytes().hex() for key, value in model.state_dict().items()
+    }
 
 
-def main(folder, steps, mode="fresh", pause="0"):
-    torch.set_num_threads(1)
+def slow(folder):
+    """Train with a pause in every micro-batch, and mark where it is."""
     source = toy_batches()
 
     def batches(index):
-        if process()[0] == 0 and float(pause):
-            (Path(folder) / f"at-{index // 2}").touch()
-            time.sleep(float(pause))
+        (Path(folder) / f"at-{index // 2}").touch()
+        time.sleep(0.05)
         return source(index)
 
-    distributed = process()[1] > 1
-    model = toy_model(dropout=0.0, norm=False) if distributed else toy_model()
-    run = RunDirectory(folder, resume=mode == "resume")
-    run.write_config({"steps": int(steps)})
-    result = toy_fit(model, run, steps=int(steps), batches=batches)
-    if process()[0] == 0:
-        final = {"model": exact(model), "loss": result.loss, "resumed_from": result.resumed_from}
-        (Path(folder) / "final.json").write_text(json.dumps(final))
+    toy_fit(toy_model(), RunDirectory(folder), batches=batches)
+
+
+def distributed(folder):
+    """Train as one of several processes: once whole, once stopped and resumed."""
+    options = {"dropout": 0.0, "norm": False}
+    folder = Path(folder)
+    whole = toy_model(**options)
+    result = toy_fit(whole, RunDirectory(folder / "whole"))
+    source = toy_batches()
+
+    def failing(index):
+        if index == 14:
+            raise OSError("power cut")
+        return source(index)
+
+    with contextlib.suppress(OSError):
+        toy_fit(toy_model(**options), RunDirectory(folder / "stopped"), batches=failing)
+    resumed = toy_model(**options)
+    again = toy_fit(resumed, RunDirectory(folder / "stopped", resume=True))
+    final = {
+        "whole": exact(whole),
+        "resumed": exact(resumed),
+        "resumed_from": again.resumed_from,
+        "loss": result.loss,
+    }
+    (folder / f"final-{process()[0]}.json").write_text(json.dumps(final))
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    torch.set_num_threads(1)
+    {"slow": slow, "distributed": distributed}[sys.argv[1]](sys.argv[2])
