@@ -1,0 +1,45 @@
+# Every target installs what it needs into .venv and works as the first command on a fresh clone.
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+
+.PHONY: demo test test-slow check format bench docs tables clean
+
+demo: $(VENV)/.fewshot
+	$(RUN) scripts/fewshot.py --output runs/demo --overwrite
+
+test: $(VENV)/.dev
+	$(RUN) -m pytest
+
+test-slow: $(VENV)/.dev
+	$(RUN) -m pytest -m slow
+
+check: $(VENV)/.dev
+	$(RUN) -m ruff format --check .
+	$(RUN) -m ruff check .
+	$(RUN) -m mypy
+
+format: $(VENV)/.dev
+	$(RUN) -m ruff format .
+	$(RUN) -m ruff check --fix .
+
+bench: $(VENV)/.dev
+	$(RUN) benchmarks/step.py --json benchmarks/results/step.jsonl
+
+tables: $(VENV)/.dev
+	$(RUN) scripts/tables.py
+
+docs: $(VENV)/.docs
+	$(RUN) -m mkdocs build --strict
+
+clean:
+	rm -rf $(VENV) build dist site runs
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "error: python 3.10 or newer is needed, $(PYTHON) is $$($(PYTHON) --version 2>&1); try make PYTHON=python3.11" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.%: pyproject.toml | $(VENV)/bin/python
+	$(RUN) -m pip install --quiet --disable-pip-version-check --editable ".[$*]"
+	@touch $@
