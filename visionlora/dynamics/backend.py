@@ -1,12 +1,13 @@
 """What a training step needs from the machinery around it, and the simplest such machinery."""
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import nn
 
 
+@runtime_checkable
 class Backend(Protocol):
     """What a step needs from the machinery around it."""
 
