@@ -97,7 +97,7 @@ def _vary(glyph: Picture, settings: GlyphSettings, generator: np.random.Generato
 
 
 def _draw_all(face: int | None) -> list[Picture]:
-    """Draw every character with one face (`None`: Pillow's font), centred, at equal height."""
+    """Draw every character with one face (`None`: Pillow's font), centred, at one size."""
     draw = _draw_pillow if face is None else lambda character: _draw_opencv(character, face)
     return [_centre(draw(character)) for character in CHARACTERS]
 

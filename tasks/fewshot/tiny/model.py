@@ -7,6 +7,7 @@ the rows of words that pretraining has used are stored, because only these must 
 machine.
 """
 
+import functools
 import hashlib
 from pathlib import Path
 from typing import Final
@@ -56,8 +57,9 @@ def build_tiny_clip() -> open_clip.CLIP:
     return model
 
 
+@functools.cache
 def tiny_tokenizer() -> open_clip.SimpleTokenizer:
-    """Return open_clip's standard byte-pair tokenizer, cut to the context of 16 tokens."""
+    """Return open_clip's byte-pair tokenizer with a context of 16 tokens, read once per process."""
     return open_clip.SimpleTokenizer(context_length=CONTEXT_LENGTH)
 
 
