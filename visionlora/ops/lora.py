@@ -113,6 +113,8 @@ class _LoRALinear(torch.autograd.Function):
         ups, downs = factors[0::2], factors[1::2]
         needs = ctx.needs_input_grad
         dtype = ctx.dtype
+        if g is None and g_hidden is None:
+            return (None,) * len(needs)
         if g is None:  # second order: only the hidden output was used
             g = g_hidden.new_zeros(g_hidden.shape[0], weight.shape[0])
         hidden, grad_ups, start = [], [], 0
