@@ -56,6 +56,8 @@ def fit(
 
     The model is moved to the device; its train or eval mode is the caller's. The global random
     generators are seeded with `settings.seed` plus the rank, and put back at the end.
+    A resumed run on the CPU, with the same number of threads, repeats the uninterrupted one bit for
+    bit. A skipped step changes no parameter, but its forward has updated running statistics.
 
     Args:
         model: called as `loss_fn(model, batch)`, inside a DDP wrapper when there are several
