@@ -12,7 +12,7 @@ and is tested against that definition:
 A Delta knows nothing of devices, dtypes, quantisation, merging or files: hosts and io own those.
 """
 
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -22,6 +22,7 @@ from visionlora.config import AdapterConfig
 from visionlora.sites import Site
 
 
+@runtime_checkable
 class Layer(Protocol):
     """The operators of one adapted layer, as `update` sees them (linear, conv or embedding)."""
 

@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float
 from torch import Tensor
 
 
@@ -32,8 +33,12 @@ class Branch(NamedTuple):
 
 
 def lora_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, branches: list[Branch], z: Tensor | None = None
-) -> Tensor:
+    x: Float[Tensor, "*batch in"],
+    weight: Float[Tensor, "out in"],
+    bias: Float[Tensor, " out"] | None,
+    branches: list[Branch],
+    z: Float[Tensor, "*batch folded"] | None = None,
+) -> Float[Tensor, "*batch out"]:
     """Return `x W^T + b` with all branches added in place.
 
     Args:
