@@ -15,21 +15,26 @@ from visionlora.api import (
 )
 from visionlora.config import AdapterConfig
 from visionlora.errors import VisionLoraError
+from visionlora.io.inspect import AdapterInfo, inspect
 from visionlora.io.native import adapter_state_dict, load, load_adapter_state_dict, save
+from visionlora.io.peft import export
 from visionlora.registry import build_config, get_method, list_methods
 from visionlora.summary import Summary, summary
 
 __all__ = [
     "AdapterConfig",
+    "AdapterInfo",
     "Summary",
     "VisionLoraError",
     "adapter_state_dict",
     "build_config",
     "disabled",
     "eject",
+    "export",
     "freeze_base",
     "get_method",
     "inject",
+    "inspect",
     "list_methods",
     "load",
     "load_adapter_state_dict",
