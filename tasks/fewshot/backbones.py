@@ -5,6 +5,7 @@ need the quick-GELU configuration. Any other name is open_clip's own and needs `
 """
 
 import logging
+import textwrap
 import threading
 import urllib.error
 import urllib.request
@@ -28,7 +29,7 @@ ALIASES = {
     "ViT-L/14@336px": "ViT-L-14-336",
 }
 TINY = "tiny"
-PROBE_SECONDS = 5.0
+PROBE_SECONDS = 3.0
 """How long to wait for the weights' host before saying that there is no network."""
 RANDOM_SEED = 0
 
@@ -193,11 +194,13 @@ def _unreachable(url: str) -> str:
     def probe() -> None:
         try:
             request = urllib.request.Request(url, method="HEAD")
-            urllib.request.urlopen(request, timeout=PROBE_SECONDS).close()
+            opener = urllib.request.build_opener(_NoRedirect)
+            opener.open(request, timeout=PROBE_SECONDS).close()
             problem[0] = ""
         except urllib.error.HTTPError as error:
-            # A missing file or a login page still is an answer: the download itself tells more.
-            problem[0] = "" if error.code in (401, 404) else f"{url.split('/')[2]} answers {error}"
+            # A redirect, a missing file or a login is an answer: the download itself tells more.
+            known = error.code < 400 or error.code in (401, 404)
+            problem[0] = "" if known else f"{url.split('/')[2]} answers {error}"
         except OSError as error:
             problem[0] = (
                 f"{url.split('/')[2]} cannot be reached ({getattr(error, 'reason', error)})"
@@ -207,6 +210,13 @@ def _unreachable(url: str) -> str:
     thread.start()
     thread.join(PROBE_SECONDS)
     return problem[0]
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """Take a redirect for an answer instead of following it."""
+
+    def redirect_request(self, *args: Any, **kwargs: Any) -> None:
+        """Follow nothing."""
 
 
 def _load_weights(clip: nn.Module, file: Path, name: str) -> None:
@@ -222,7 +232,7 @@ def _load_weights(clip: nn.Module, file: Path, name: str) -> None:
         else:
             load_checkpoint(clip, str(file), strict=True, weights_only=True)
     except Exception as error:  # readers of four formats, each with its own exceptions
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        reason = textwrap.shorten(str(error) or repr(error), 160)
         raise DataError(f"{file} does not hold weights of {name}: {reason}") from error
 
 

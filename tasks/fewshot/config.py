@@ -75,7 +75,7 @@ class FewshotConfig:
     limit_steps: int | None = None
     """Train at most this many steps, for a quick look."""
     limit_test: int | None = None
-    """Test on at most this many images, for a quick look."""
+    """Test on at most this many images, for a quick look; 32 if the weights are random."""
     strict: bool = False
     """Refuse unreadable images instead of leaving them out."""
 

@@ -16,6 +16,9 @@ from tasks.fewshot.shots import Shots, load_shots
 from tasks.fewshot.text import tokenize
 from visionlora.errors import DataError
 
+RANDOM_TEST_IMAGES = 32
+"""Random weights are for timing: without `--limit-test` only so many test images are scored."""
+
 
 @dataclass
 class Experiment:
@@ -76,16 +79,17 @@ class Experiment:
 def prepare(config: FewshotConfig) -> Experiment:
     """Load data and backbone, and check that everything fits, before anything is written."""
     device = pick_device(config.device)
+    backbone = load_backbone(config.backbone, config.pretrained)
     dataset = load_dataset(config.dataset, config.root)
     if config.test_on == "val":
         dataset = for_validation(dataset)
-    if config.limit_test is not None:
-        dataset = limited(dataset, config.limit_test)
+    limit = config.limit_test or (RANDOM_TEST_IMAGES if backbone.random_weights else None)
+    if limit is not None:
+        dataset = limited(dataset, limit)
     if config.setting == "base-to-new" and len(dataset.classes) < 4:
         raise DataError(
             f"base-to-new needs at least 4 classes, {dataset.name} has {len(dataset.classes)}"
         )
-    backbone = load_backbone(config.backbone, config.pretrained)
     config = config.resolved(dataset.templates)
     tokens = tokenize(dataset.classes, config.template or (), backbone.tokenizer)
     backbone.clip.to(device)

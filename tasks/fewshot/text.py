@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from open_clip.transformer import TextTransformer, text_global_pool
 from torch import Tensor, nn
 
 from visionlora.errors import ConfigError
@@ -57,13 +56,14 @@ def encode_text(clip: nn.Module, tokens: Tensor) -> Tensor:
     if not can_be_cut(tower):
         features: Tensor = clip.encode_text(tokens)
         return features
-    length = int(_end_of_text(tower, tokens).max()) + 1
-    tokens = tokens[:, :length]
+    ends = _end_of_text(tower, tokens)
+    length = int(ends.max()) + 1
     dtype = tower.transformer.get_cast_dtype()
-    x = tower.token_embedding(tokens).to(dtype) + tower.positional_embedding[:length].to(dtype)
+    x = tower.token_embedding(tokens[:, :length]).to(dtype) + tower.positional_embedding[
+        :length
+    ].to(dtype)
     x = tower.transformer(x, attn_mask=tower.attn_mask[:length, :length])
-    x = tower.ln_final(x)
-    x = text_global_pool(x, tokens, _pool(tower), eos_token_id=_eos(tower))
+    x = tower.ln_final(x)[torch.arange(len(x), device=x.device), ends]
     if isinstance(tower.text_projection, nn.Linear):
         return tower.text_projection(x)
     return x if tower.text_projection is None else x @ tower.text_projection
@@ -76,7 +76,7 @@ def text_tower(clip: nn.Module) -> Any:
 
 def can_be_cut(tower: Any) -> bool:
     """Tell whether cutting is exact: causal mask, pooled at end-of-text, nothing appended."""
-    if isinstance(tower, TextTransformer) and (tower.cls_emb is not None or tower.use_pad_mask):
+    if getattr(tower, "cls_emb", None) is not None or getattr(tower, "use_pad_mask", False):
         return False
     return getattr(tower, "attn_mask", None) is not None and _pool(tower) in ("argmax", "eos")
 
@@ -85,9 +85,9 @@ def _pool(tower: Any) -> str:
     return str(getattr(tower, "text_pool_type", getattr(tower, "pool_type", "")))
 
 
-def _eos(tower: Any) -> int | None:
-    return getattr(tower, "text_eos_id", getattr(tower, "eos_id", None))
-
-
 def _end_of_text(tower: Any, tokens: Tensor) -> Tensor:
-    return (tokens == _eos(tower)).int().argmax(1) if _pool(tower) == "eos" else tokens.argmax(1)
+    """Return the position that each prompt is read at; end-of-text is the largest token."""
+    if _pool(tower) == "argmax":
+        return tokens.argmax(1)
+    eos = getattr(tower, "text_eos_id", getattr(tower, "eos_id", None))
+    return (tokens == eos).int().argmax(1)
