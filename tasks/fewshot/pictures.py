@@ -45,7 +45,7 @@ def save_grid(
     columns = min(columns, len(images))
     rows = -(-len(images) // columns)
     figure = Figure(figsize=(1.9 * columns, 2.3 * rows), layout="constrained")
-    cells = figure.subplots(rows, columns, squeeze=False).flat
+    cells = figure.subplots(rows, columns, squeeze=False).flatten()
     for cell in cells:
         cell.axis("off")
     for cell, image, caption in zip(cells, images, captions, strict=False):
@@ -56,7 +56,7 @@ def save_grid(
 
 def _save(figure: Figure, path: Path) -> Path:
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
+    figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight")
     return write_atomically(path, lambda temporary: _write(temporary, buffer.getvalue()))
 
 
