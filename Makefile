@@ -41,5 +41,6 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.%: pyproject.toml | $(VENV)/bin/python
-	$(RUN) -m pip install --quiet --disable-pip-version-check --editable ".[$*]"
+	@echo "Installing visionlora[$*] into $(VENV); torch is large, so the first time takes minutes."
+	@$(RUN) -m pip install --quiet --disable-pip-version-check --editable ".[$*]"
 	@touch $@
