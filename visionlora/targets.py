@@ -50,8 +50,7 @@ def find_targets(
 
     Raises:
         TargetError: a pattern is malformed, matches nothing, or matches only layers that cannot
-        carry
-            an adapter; the message names the nearest module names.
+            carry an adapter; the message names the nearest module names.
     """
     modules = dict(model.named_modules())
     if isinstance(model, SUPPORTED):  # the model is itself a layer; its only name is empty
