@@ -5,7 +5,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tasks.fewshot.config import FewshotConfig
-from visionlora.training import RunDirectory
+from visionlora.errors import ConfigError
+from visionlora.training import RunDirectory, process
 
 RUNS = Path("runs/fewshot")
 
@@ -19,6 +20,8 @@ def open_run(config: FewshotConfig) -> tuple[RunDirectory, list[Path]]:
 
 def _default_output(config: FewshotConfig) -> Path:
     """Return `runs/fewshot/<name>`, or its first free number; the newest one to resume."""
+    if process()[1] > 1:
+        raise ConfigError("a run of several processes needs --output, so that all use one folder")
     path, number = RUNS / config.run_name, 1
     candidates = [path]
     while candidates[-1].exists():

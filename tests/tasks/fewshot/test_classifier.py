@@ -6,6 +6,7 @@ import torch
 import visionlora as vl
 from tasks.fewshot.backbones import load_backbone
 from tasks.fewshot.classifier import Classifier, adapter_targets
+from tasks.fewshot.config import FewshotConfig
 from tasks.fewshot.text import tokenize
 from visionlora.errors import ConfigError
 
@@ -98,3 +99,24 @@ def test_towers_without_attention_are_refused(backbone):
     backbone.clip.visual = torch.nn.Identity()
     with pytest.raises(ConfigError, match="--encoder text"):
         adapter_targets(backbone.clip, "both", ["q"])
+
+
+@pytest.mark.parametrize("method", vl.list_methods())
+def test_every_registered_method_lowers_the_loss(backbone, method):
+    options = FewshotConfig(method=method).adapter_options(1)
+    model = build(backbone, method=method, **options)
+    parameters = [p for _, p in vl.trainable_parameters(backbone.clip)]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-2)
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 255, (6, 3, 16, 16), dtype=torch.uint8, generator=generator)
+    labels = torch.tensor([0, 1, 2] * 2)
+
+    def loss(training: bool) -> torch.Tensor:
+        return torch.nn.functional.cross_entropy(model.train(training)(images), labels)
+
+    before = loss(False).item()
+    for _ in range(5):
+        optimizer.zero_grad()
+        loss(True).backward()
+        optimizer.step()
+    assert loss(False).item() < before

@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -11,53 +12,83 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[3]
+SCRIPT = ROOT / "scripts" / "fewshot.py"
 CLOTHING = ROOT.parent / "shared" / "data" / "images" / "clothing10"
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 def command(*words: str) -> list[str]:
-    return [sys.executable, str(ROOT / "scripts" / "fewshot.py"), *words]
+    return [sys.executable, str(SCRIPT), *words]
 
 
 def script(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    """Run the script inside `folder`."""
+    """Run the script in its own process, inside `folder`."""
     return subprocess.run(
         command(*words), cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=300
     )
 
 
-def refused(done: subprocess.CompletedProcess[str], *parts: str) -> None:
-    """Check for exit code 2 and one line on stderr that holds `parts`."""
-    assert done.returncode == 2, done.stderr
-    assert len(done.stderr.splitlines()) == 1
-    assert all(part in done.stderr for part in parts)
+@pytest.fixture
+def run_here(tmp_path, monkeypatch, capfd):
+    """Return a function that runs the script in this process: exit code, stdout, stderr."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*words: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", command(*words)[1:])
+        monkeypatch.setattr(sys, "path", list(sys.path))
+        with pytest.raises(SystemExit) as caught:
+            runpy.run_path(str(SCRIPT), run_name="__main__")
+        return caught.value.code, *capfd.readouterr()
+
+    return run
 
 
 def test_a_typo_names_the_nearest_option(tmp_path):
-    refused(script(tmp_path, "--shot", "4"), "--shot", "did you mean '--shots'")
+    done = script(tmp_path, "--shot", "4")
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
+    assert "did you mean '--shots'" in done.stderr
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_empty_folder_is_refused(tmp_path):
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--dataset", "folder:data"], "holds no images"),
+        (["--method", "block-lore"], "did you mean 'block-lora'"),
+        (["--adapter.rnak", "4"], "did you mean 'rank'"),
+        (["--setting", "base2new"], "did you mean 'base-to-new'"),
+        (["--output", "file/run"], "file"),
+        (["predict", "--adapter", "data", "--images", "data"], "no pictures in data"),
+        (["predict", "--adapter", "data", "--image", "data"], "did you mean '--images'"),
+    ],
+)
+def test_user_errors_are_one_line_and_write_nothing(run_here, tmp_path, words, message):
     (tmp_path / "data").mkdir()
-    refused(script(tmp_path, "--dataset", "folder:data"), "holds no images")
-    assert [path.name for path in tmp_path.iterdir()] == ["data"]
+    (tmp_path / "file").write_text("no folder")
+    code, _, stderr = run_here(*words)
+    assert code == 2
+    assert len(stderr.splitlines()) == 1
+    assert message in stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "file"]
 
 
 @pytest.mark.data
 @pytest.mark.skipif(not CLOTHING.is_dir(), reason="the photographs of clothing10 are not here")
-def test_photographs_train_evaluate_save_and_predict(tmp_path):
+def test_photographs_train_evaluate_save_and_predict(run_here, tmp_path):
     words = f"--dataset folder:{CLOTHING} --shots 2 --limit-steps 5 --limit-test 60 --output run"
-    done = script(tmp_path, *words.split())
-    assert done.returncode == 0, done.stderr
-    assert "zero-shot" in done.stdout
+    code, stdout, stderr = run_here(*words.split())
+    assert code == 0, stderr
+    assert "zero-shot" in stdout
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert (result["classes"], result["test_images"], result["skipped_images"]) == (10, 60, 0)
-    pictures = str(CLOTHING / "test" / "hat")
-    done = script(tmp_path, "predict", "--adapter", "run", "--images", pictures, "--output", "out")
-    assert done.returncode == 0, done.stderr
+    pictures = CLOTHING / "test" / "hat"
+    code, _, stderr = run_here(
+        "predict", "--adapter", "run", "--images", str(pictures), "--output", "out"
+    )
+    assert code == 0, stderr
     lines = (tmp_path / "out" / "predictions.csv").read_text().splitlines()
-    assert len(lines) == 1 + len(list((CLOTHING / "test" / "hat").iterdir()))
+    assert len(lines) == 1 + len(list(pictures.iterdir()))
 
 
 @pytest.mark.slow
