@@ -88,16 +88,23 @@ def prepare_adapter(
     """Build an adapter for an explicit list of sites without touching the model (see `inject`)."""
     if not re.fullmatch(r"\w[\w-]*", name):
         raise ConfigError(f"adapter name {name!r} must consist of letters, digits, '_' and '-'")
+    if hasattr(nn.ModuleDict(), name):
+        raise ConfigError(f"adapter name {name!r} is taken by torch; choose another")
     if name in adapter_names(model):
         raise AdapterStateError(
             f"the model already has an adapter named {name!r}; eject it or choose another name"
         )
-    _refuse_merged(model, "inject")
+    refuse_merged(model, "inject")
     modules = {site.module: model.get_submodule(site.module) for site, _ in plan}
     hosts = {
         path: None if isinstance(module, Host) else choose_host(model, path, module, mode)
         for path, module in modules.items()
     }
+    for path, module in modules.items():
+        if isinstance(module, Host) and mode not in ("auto", module.state.mode):
+            raise AdapterStateError(
+                f"{path} is adapted already, in mode {module.state.mode!r}; it cannot be {mode!r} too"
+            )
     for site, config in plan:
         config.check_site(site)
         chosen = hosts[site.module]
@@ -128,7 +135,7 @@ def install(model: nn.Module, adapter: PreparedAdapter, *, freeze: bool = True) 
     close_shortcuts(model)
     if adapter.shared is not None:
         if not hasattr(model, record.SHARED):
-            model.add_module(record.SHARED, nn.ModuleDict())
+            model.add_module(record.SHARED, record.SharedStates())
         cast(nn.ModuleDict, getattr(model, record.SHARED))[adapter.name] = adapter.shared
     if freeze and first:
         freeze_base(model)
@@ -172,7 +179,7 @@ def merge(model: nn.Module) -> nn.Module:
             that is not adapted.
     """
     hosts = _hosts(model)
-    _refuse_merged(model, "merge again")
+    refuse_merged(model, "merge again")
     _refuse_tied(model, hosts)
     for host in hosts.values():
         host.merge()
@@ -211,7 +218,7 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
         AdapterStateError: the model is merged, so the base weights are not there.
     """
     hosts = _hosts(model)
-    _refuse_merged(model, "disable adapters")
+    refuse_merged(model, "disable adapters")
     before = [host.state.enabled for host in hosts.values()]
     _set_enabled(hosts, [False] * len(before))
     try:
@@ -227,8 +234,8 @@ def use(model: nn.Module, name: str | Sequence[str] | None) -> nn.Module:
         AdapterStateError: an unknown name, or the model is merged.
     """
     hosts = _hosts(model)
-    _refuse_merged(model, "switch adapters")
-    wanted = [] if name is None else [name] if isinstance(name, str) else list(name)
+    refuse_merged(model, "switch adapters")
+    wanted = [] if name is None else [name] if isinstance(name, str) else list(dict.fromkeys(name))
     for item in wanted:
         find_adapter(adapter_names(model), item)
     for host in hosts.values():
@@ -244,7 +251,7 @@ def set_scale(model: nn.Module, scale: float, name: str | None = None) -> nn.Mod
         AdapterStateError: an unknown name, or the model is merged.
     """
     hosts = _hosts(model)
-    _refuse_merged(model, "change the scale")
+    refuse_merged(model, "change the scale")
     names = adapter_names(model) if name is None else [find_adapter(adapter_names(model), name)]
     for host in hosts.values():
         host.state.strengths.update({item: float(scale) for item in names if item in host.adapters})
@@ -356,7 +363,8 @@ def _hosts(model: nn.Module) -> dict[str, Host]:
     return hosts
 
 
-def _refuse_merged(model: nn.Module, what: str) -> None:
+def refuse_merged(model: nn.Module, what: str) -> None:
+    """Raise `AdapterStateError` while the weights hold the changes."""
     if any(host.state.originals is not None for host in hosts_of(model).values()):
         raise AdapterStateError(f"the model is merged: unmerge before you {what}")
 
@@ -364,8 +372,9 @@ def _refuse_merged(model: nn.Module, what: str) -> None:
 def _refuse_tied(model: nn.Module, hosts: dict[str, Host]) -> None:
     """Refuse to merge into a weight that another module uses as well."""
     owners: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        owners.setdefault(id(parameter), []).append(name)
+    for path, module in model.named_modules():  # each module once, under however many names
+        for name, parameter in module._parameters.items():
+            owners.setdefault(id(parameter), []).append(f"{path}.{name}" if path else name)
     for path, host in hosts.items():
         for slot in host.all_slots():
             weight = stored(host, parameter_name(host, slot.key))

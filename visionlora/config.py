@@ -31,6 +31,13 @@ class AdapterConfig:
     def check_site(self, site: Site) -> None:
         """Raise `ConfigError` if this configuration cannot serve `site`."""
 
+    def meaning(self) -> dict[str, Any]:
+        """Return the options without which trained values are another function.
+
+        What only matters before or during training is left out.
+        """
+        return {k: v for k, v in self.to_dict().items() if k not in ("seed", "dropout", "init")}
+
     def to_dict(self) -> dict[str, Any]:
         """Return method name and options as plain values."""
         return {"method": self.method, **dataclasses.asdict(self)}
@@ -62,6 +69,12 @@ class LowRankConfig(AdapterConfig):
         """The factor s in front of `B A`."""
         alpha = self.rank if self.alpha is None else self.alpha
         return float(alpha) / (self.rank if self.scaling == "standard" else self.rank**0.5)
+
+    def meaning(self) -> dict[str, Any]:
+        """Return the options, with the scale in place of the options that make it up."""
+        options = super().meaning()
+        del options["alpha"], options["scaling"]
+        return {**options, "scale": self.scale}
 
     def check_site(self, site: Site) -> None:
         """Refuse a rank that the site cannot have."""

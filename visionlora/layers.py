@@ -26,6 +26,7 @@ from visionlora.hosts import (
 )
 from visionlora.hosts.base import parameter_name, stored, view_of
 from visionlora.hosts.choose import choose_host
+from visionlora.hosts.shortcuts import close_shortcut
 from visionlora.methods.lora import LoRA, LoRAConfig
 from visionlora.sites import named_generator
 
@@ -53,6 +54,7 @@ def _add_lora(layer: Any, keys: Sequence[str], seed: int | None, options: dict[s
     for parameter in layer.parameters():
         parameter.requires_grad_(False)
     layer.add("default", deltas)
+    close_shortcut(layer)  # whatever model the layer is put into
 
 
 def _adopt(
@@ -72,9 +74,10 @@ def _adopt(
         raise TargetError(f"{cls.__name__} cannot be built from a {type(layer).__name__}")
     adopted = cls.__new__(cls)
     adopted.__dict__.update(layer.__dict__)
-    # Own registries, so that the adapters do not appear in the layer that was given.
-    for registry in ("_parameters", "_buffers", "_modules"):
-        adopted.__dict__[registry] = layer.__dict__[registry].copy()
+    # Own registries, so that neither adapters nor hooks appear in the layer that was given.
+    for registry, value in layer.__dict__.items():
+        if isinstance(value, dict):
+            adopted.__dict__[registry] = value.copy()
     _add_lora(adopted, keys, seed, options)
     return adopted
 

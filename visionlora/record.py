@@ -4,6 +4,7 @@ The record sits on the root as a plain attribute: it adds no parameter, buffer o
 """
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,18 @@ from visionlora.methods.base import Delta, Shared
 
 SHARED = "visionlora_shared"
 _RECORD = "_visionlora_record"
+
+
+class SharedStates(nn.ModuleDict):
+    """The Shared modules of a model, by adapter name, at its root.
+
+    A root that calls all its children in turn (`nn.Sequential`) calls this one too, so it passes on
+    what it is given.
+    """
+
+    def forward(self, *inputs: Any) -> Any:
+        """Return the input."""
+        return inputs[0] if len(inputs) == 1 else inputs
 
 
 @dataclass

@@ -127,7 +127,10 @@ class Host:
     def merge(self) -> None:
         """Add the active changes to the weights, rounding once, and keep copies for `unmerge`."""
         slots = self.all_slots()
-        changes = [(slot.key, self.change(slot)) for slot in slots]
+        changes = []
+        for slot in slots:  # in full precision, even where autocast is on
+            with torch.autocast(self.view(slot.key).device.type, enabled=False):
+                changes.append((slot.key, self.change(slot)))
         self.state.originals = {}
         for slot in slots:
             name = parameter_name(self, slot.key)

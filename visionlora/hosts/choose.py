@@ -13,6 +13,7 @@ from collections.abc import Hashable, Iterator
 from typing import cast
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from visionlora.errors import TargetError
 from visionlora.hosts.attention import AttentionHost
@@ -70,11 +71,10 @@ def describe(name: str, module: nn.Module, key: str) -> Site:
     if isinstance(module, nn.MultiheadAttention):
         return _describe_attention(name, module, key)
     weight = cast("Tensor | None", module._parameters.get("weight"))
-    if weight is None or weight.dim() < 2 or not weight.is_floating_point():
+    if is_lazy(weight) or weight is None or weight.dim() < 2 or not weight.is_floating_point():
         raise TargetError(
             f"{name or 'the layer'} ({type(module).__name__}) has no floating-point weight "
-            f"parameter: "
-            "quantised and parametrised layers cannot carry an adapter"
+            "parameter: quantised, parametrised and lazy layers cannot carry an adapter"
         )
     if isinstance(module, nn.Embedding):
         if module.max_norm is not None:
@@ -132,18 +132,33 @@ def _weight_reads(cls: type) -> dict[str, str]:
     found: dict[str, str] = {}
     while waiting:
         method = waiting.pop()
-        code = getattr(inspect.getattr_static(cls, method, None), "__code__", None)
-        if method in seen or code is None or "torch/nn/modules" in code.co_filename:
+        if method in seen:
             continue
         seen.add(method)
-        for part in _with_nested(code):
-            waiting.extend(
-                item for item in part.co_names if item not in seen and hasattr(cls, item)
-            )
-            if "weight" in part.co_names:
-                for attribute in _reads(part):
-                    found.setdefault(attribute, method)
+        for code in _definitions(cls, method):
+            for part in _with_nested(code):
+                waiting.extend(
+                    item for item in part.co_names if item not in seen and hasattr(cls, item)
+                )
+                if "weight" in part.co_names:
+                    for attribute in _reads(part):
+                        found.setdefault(attribute, method)
     return found
+
+
+def _definitions(cls: type, name: str) -> Iterator[types.CodeType]:
+    """Yield the code of a method or property, and of those that it reaches through `super()`."""
+    for owner in cls.__mro__:
+        member = owner.__dict__.get(name)
+        if member is None:
+            continue
+        member = getattr(member, "fget", None) or getattr(member, "__func__", member)
+        code = getattr(inspect.unwrap(member) if callable(member) else None, "__code__", None)
+        if code is None or "torch/nn/modules" in code.co_filename:
+            return
+        yield code
+        if not any("super" in part.co_names for part in _with_nested(code)):
+            return
 
 
 def _with_nested(code: types.CodeType) -> Iterator[types.CodeType]:

@@ -19,15 +19,18 @@ def close_shortcuts(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoderLayer):
             for inner in module.modules():
-                if (
-                    isinstance(inner, Host)
-                    and _no_shortcut not in inner._forward_pre_hooks.values()
-                ):
-                    inner.register_forward_pre_hook(_no_shortcut)
+                if isinstance(inner, Host):
+                    close_shortcut(inner)
         nested = isinstance(module, nn.TransformerEncoder) and module.use_nested_tensor
         if nested and any(isinstance(inner, Host) for inner in module.modules()):
             cast(Any, module).use_nested_tensor = False
             setattr(module, _NESTED, True)
+
+
+def close_shortcut(layer: nn.Module) -> None:
+    """Make an encoder layer that holds this adapted layer call it."""
+    if _no_shortcut not in layer._forward_pre_hooks.values():
+        layer.register_forward_pre_hook(_no_shortcut)
 
 
 def reopen_shortcuts(model: nn.Module) -> None:

@@ -18,12 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from visionlora import record
-from visionlora.api import PreparedAdapter, install, prepare_adapter
+from visionlora.api import PreparedAdapter, install, prepare_adapter, refuse_merged
 from visionlora.config import AdapterConfig
 from visionlora.errors import AdapterFileError, AdapterStateError, VisionLoraError, nearest
 from visionlora.hosts import describe, find_adapter
 from visionlora.io import contents
 from visionlora.io.atomic import write_atomically
+from visionlora.methods.base import Delta
 from visionlora.record import adapter_names
 from visionlora.registry import build_config
 from visionlora.sites import Site
@@ -111,11 +112,13 @@ def load(
     _check_sites(model, file)
     if check_base:
         _check_base(model, file)
+    refuse_merged(model, "load")
     prepared: PreparedAdapter | None = None
     try:
         if name in adapter_names(model):
             placed = contents.place(model, contents.entries_of(model, name))
             shared = contents.shared_of(model, name)
+            _check_meaning(file, placed)
         else:
             prepared = prepare_adapter(model, file.plan, name=name)
             groups = prepared.deltas.values()
@@ -129,9 +132,12 @@ def load(
         _check_seeded(file, seeded)
     except VisionLoraError as error:
         raise AdapterFileError(f"{file.path}: {error}") from error
-    _copy(file.tensors, targets)
     if prepared is not None:
-        install(model, prepared)
+        install(model, prepared)  # first, so that the record holds the buffers of the base model
+    _copy(file.tensors, targets)
+    for key, target in targets.items():
+        if key.startswith("base.") and isinstance(target, nn.Parameter):
+            target.requires_grad_(True)  # a trained head stays one, and is saved again
     return model
 
 
@@ -192,6 +198,7 @@ def load_adapter_state_dict(
         AdapterFileError: unknown or missing keys, wrong shapes or NaN; nothing is changed then.
     """
     name = _choose(model, name)
+    refuse_merged(model, "load")
     placed = contents.place(model, contents.entries_of(model, name))
     targets = contents.trained_tensors(placed, contents.shared_of(model, name))
     targets |= _base_targets(model, tensors)
@@ -280,6 +287,19 @@ def _check_seeded(file: AdapterFile, seeded: dict[str, Tensor]) -> None:
                 f"frozen=True "
                 "where it was trained"
             )
+
+
+def _check_meaning(file: AdapterFile, placed: list[tuple[str, Delta]]) -> None:
+    """Refuse values for an adapter that is there with other options, such as another scale."""
+    there = {site.name: config for site, config in file.plan}
+    for path, delta in placed:
+        here = delta.config.meaning()
+        for key, value in (there[path].meaning() if path in there else {}).items():
+            if here.get(key) != value:
+                raise AdapterFileError(
+                    f"{path} has {key} {here.get(key)!r} in the model and {value!r} in the file; load "
+                    "it under another name"
+                )
 
 
 def _base_targets(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

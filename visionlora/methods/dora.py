@@ -67,7 +67,8 @@ class DoRA(Delta):
     def delta(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
         """Return W' - W, with the norm outside the gradient."""
         weight = _at_least_float(weight)
-        direction = weight + self.scale * (self.B @ self.A)
+        up, down = _at_least_float(self.B), _at_least_float(self.A)
+        direction = weight + self.scale * (up @ down)
         norm = direction.detach().norm(dim=1).clamp_min(1e-12)
         return (self.magnitude / norm)[:, None] * direction - weight
 
@@ -83,9 +84,9 @@ class DoRA(Delta):
     @torch.no_grad()
     def row_norms(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, " out"]:
         """Return the row norms of V without forming it."""
-        weight = _at_least_float(weight)
-        cross = ((weight @ self.A.t()) * self.B).sum(1)
-        gram = ((self.B @ (self.A @ self.A.t())) * self.B).sum(1)
+        weight, A, B = (_at_least_float(item) for item in (weight, self.A, self.B))
+        cross = ((weight @ A.t()) * B).sum(1)
+        gram = ((B @ (A @ A.t())) * B).sum(1)
         base = weight.norm(dim=1).square()
         squared = base + 2 * self.scale * cross + self.scale**2 * gram
         return squared.clamp_min(1e-24).sqrt()

@@ -45,6 +45,12 @@ class VeRAConfig(AdapterConfig):
         if not 0.0 <= self.dropout < 1.0:
             raise ConfigError(f"vera: dropout must lie in [0, 1), got {self.dropout}")
 
+    def meaning(self) -> dict[str, Any]:
+        """Leave out the initial value."""
+        options = super().meaning()
+        del options["d_initial"]
+        return options
+
 
 class VeRABases(Shared):
     """The frozen pair `A: r x max(in)` and `B: max(out) x r`."""

@@ -52,7 +52,7 @@ def lora_linear(
         `(*batch, out)` in the compute type of `x` (the autocast type where autocast is on).
     """
     device = x.device.type
-    if torch.is_autocast_enabled(device):
+    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:  # which torch never casts
         dtype = torch.get_autocast_dtype(device)
         x = x.to(dtype)
         z = None if z is None else z.to(dtype)
