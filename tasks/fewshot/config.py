@@ -147,5 +147,13 @@ class Preset:
 PRESETS = {
     # CLIP-LoRA's published recipe.
     "default": Preset(lr=2e-4, steps_per_shot=500),
-    "tiny": Preset(lr=5e-3, steps_per_shot=20),
+    # Chosen on validation images from the digits' training pool, never on test, with
+    #   python scripts/fewshot.py --test-on val --seed 1 2 --lr LR --steps STEPS
+    # Accuracy in % after 16-shot Block-LoRA (zero-shot 64.2), mean of both seeds:
+    #   lr     160 steps  320 steps  640 steps    base-to-new: base / new / harmonic mean
+    #   2e-3   80.9       82.8       -
+    #   5e-3   82.4       87.3       90.0         320: 98.3 / 70.7 / 82.3   640: 98.0 / 71.4 / 82.6
+    #   1e-2   87.0       87.5       -            320: 98.3 / 65.3 / 78.5
+    # 4 shots at 5e-3: 77.7 after 80 steps, 81.9 after 160. 1 shot: 67.4 after 20, 68.6 after 80.
+    "tiny": Preset(lr=5e-3, steps_per_shot=40),
 }
