@@ -38,9 +38,7 @@ class Vision(nn.Module):
 
 
 def names(targets, exclude=()):
-    return [
-        (match.name, match.keys) for match in find_targets(Vision(), targets, exclude=exclude)
-    ]
+    return [(match.name, match.keys) for match in find_targets(Vision(), targets, exclude=exclude)]
 
 
 def test_a_suffix_matches_every_block_in_module_order():

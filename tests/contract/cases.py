@@ -1,7 +1,7 @@
 """What the contract runs over: every registered configuration, and every kind of weight.
 
-Nothing here lists methods. The configurations come from the registry: each method with its defaults,
-once more for every other value of its `Literal` options, and every preset. A new method file is
+Nothing here lists methods. The configurations come from the registry: each method with its
+defaults, once more for every other value of its `Literal` options, and every preset. A new method file is
 covered by being registered.
 
 The reference of a site is torch's own layer, called with `W + delta(W)` in place of its weight.
@@ -72,7 +72,7 @@ DEFAULTS = [_small(name) for name in list_methods()]
 
 
 class Net(nn.Module):
-    """One adapted layer between a frozen mixing and the output; calls the layer as a model would."""
+    """One adapted layer, called as a model would call it."""
 
     def __init__(self, layer: nn.Module, call: Callable[..., Any]) -> None:
         super().__init__()
@@ -98,7 +98,7 @@ def _cross_attention(layer: nn.Module, query: Tensor, key: Tensor, value: Tensor
 
 @dataclass(frozen=True, eq=False)
 class Kind:
-    """A kind of weight: the layer, how it is called, and which rows of which tensor each site is."""
+    """A kind of weight: the layer, how it is called, and which rows each site has."""
 
     name: str
     layer: Callable[[], nn.Module]

@@ -30,7 +30,9 @@ from visionlora.errors import AdapterFileError
 @pairs(DEFAULTS, KINDS)
 def test_eject_restores_the_model(config, kind):
     model = kind.model()
-    model.layer.get_parameter(next(iter(dict(model.layer.named_parameters())))).requires_grad_(False)
+    model.layer.get_parameter(next(iter(dict(model.layer.named_parameters())))).requires_grad_(
+        False
+    )
     before = snapshot(model)
     inject(model, config, kind)
     inject(model, config, kind, name="second", mode="auto")

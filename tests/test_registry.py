@@ -1,0 +1,94 @@
+"""Methods by name, typed options, and errors that name the nearest allowed thing."""
+
+import dataclasses
+
+import jaxtyping
+import pytest
+
+import visionlora as vl
+from visionlora.config import AdapterConfig
+from visionlora.errors import ConfigError
+from visionlora.registry import list_presets
+
+
+@pytest.fixture(autouse=True)
+def _as_installed():
+    """Switch the suite's own type checks off: a user's mistake meets the configuration itself."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.mark.parametrize("name", vl.list_methods())
+def test_a_method_documents_itself_and_its_options_round_trip(name):
+    method = vl.get_method(name)
+    assert method.config.method == name
+    assert method.summary.endswith(".")
+    assert "Trained:" in method.documentation
+    assert "Merge" in method.documentation
+    config = vl.build_config(name)
+    options = config.to_dict()
+    assert options.pop("method") == name
+    assert vl.build_config(name, options) == config
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.seed = 3
+
+
+def test_patterns_list_methods():
+    assert vl.list_methods("lora*") == [n for n in vl.list_methods() if n.startswith("lora")]
+    assert vl.list_methods("no-such-*") == []
+
+
+@pytest.mark.parametrize("preset", list_presets(), ids=lambda preset: preset.name)
+def test_a_preset_is_its_method_with_options_that_can_be_overridden(preset):
+    config = vl.build_config(preset.name)
+    assert config.method == preset.method
+    assert config == vl.build_config(preset.method, dict(preset.options))
+    key = next(iter(preset.options))
+    plain = getattr(vl.build_config(preset.method), key)
+    assert getattr(vl.build_config(preset.name, {key: plain}), key) == plain
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "said"),
+    [
+        ("lroa", {}, "'lora'"),
+        ("block_lora", {}, "'block-lora'"),
+        ("rslroa", {}, "'rslora'"),
+        ("quantum", {}, "known: "),
+        ("", {}, "known: "),
+        ("lora", {"rnk": 4}, "'rank'"),
+        ("lora", {"lora_alpha": 4}, "alpha"),
+        ("lora", {"rank": "8"}, "whole number"),
+        ("lora", {"rank": 8.0}, "whole number"),
+        ("lora", {"rank": True}, "whole number"),
+        ("lora", {"rank": 0}, "at least 1"),
+        ("lora", {"rank": -1}, "at least 1"),
+        ("lora", {"dropout": 1.0}, "[0, 1)"),
+        ("lora", {"dropout": -0.1}, "[0, 1)"),
+        ("lora", {"dropout": float("nan")}, "[0, 1)"),
+        ("lora", {"scaling": "rs"}, "'rslora'"),
+        ("lora", {"init": "kaiming"}, "'normal'"),
+        ("lora", {"alpha": "16"}, "a number or None"),
+        ("lora", {"seed": 0.5}, "whole number"),
+        ("vera", {"rank": 0}, "at least 1"),
+        ("vera", {"dropout": 2.0}, "[0, 1)"),
+        ("block-lora", {"rank": 4, "blocks": 3}, "3 blocks"),
+        ("block-lora", {"blocks": 0}, "at least 1"),
+        ("block-lora", {"layout": "column"}, "'grid'"),
+    ],
+)
+def test_wrong_options_are_refused_in_one_line(method, options, said):
+    with pytest.raises(ConfigError) as caught:
+        vl.build_config(method, options)
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_every_configuration_is_keyword_only_and_hashable():
+    for name in vl.list_methods():
+        kind = vl.get_method(name).config
+        assert issubclass(kind, AdapterConfig)
+        with pytest.raises(TypeError):
+            kind(4)
+        assert hash(kind()) == hash(kind())
