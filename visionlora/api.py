@@ -103,7 +103,8 @@ def prepare_adapter(
     for path, module in modules.items():
         if isinstance(module, Host) and mode not in ("auto", module.state.mode):
             raise AdapterStateError(
-                f"{path} is adapted already, in mode {module.state.mode!r}; it cannot be {mode!r} too"
+                f"{path} is adapted already, in mode {module.state.mode!r}; it cannot be {mode!r} "
+                "too"
             )
     for site, config in plan:
         config.check_site(site)

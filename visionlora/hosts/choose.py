@@ -71,7 +71,7 @@ def describe(name: str, module: nn.Module, key: str) -> Site:
     if isinstance(module, nn.MultiheadAttention):
         return _describe_attention(name, module, key)
     weight = cast("Tensor | None", module._parameters.get("weight"))
-    if is_lazy(weight) or weight is None or weight.dim() < 2 or not weight.is_floating_point():
+    if weight is None or is_lazy(weight) or weight.dim() < 2 or not weight.is_floating_point():
         raise TargetError(
             f"{name or 'the layer'} ({type(module).__name__}) has no floating-point weight "
             "parameter: quantised, parametrised and lazy layers cannot carry an adapter"

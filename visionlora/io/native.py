@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from visionlora import record
 from visionlora.api import PreparedAdapter, install, prepare_adapter, refuse_merged
-from visionlora.config import AdapterConfig
+from visionlora.config import AdapterConfig, check_fields
 from visionlora.errors import AdapterFileError, AdapterStateError, VisionLoraError, nearest
 from visionlora.hosts import describe, find_adapter
 from visionlora.io import contents
@@ -170,10 +170,12 @@ def read_adapter(path: str | Path) -> AdapterFile:
             )
         configs = [_read_config(item) for item in header["configs"]]
         plan = [(_read_site(item), configs[index]) for item, index in header["sites"]]
-        file = AdapterFile(path, plan, tensors, dict(header["frozen"]), dict(header["base"]))
+        frozen = {key: _numbers(item) for key, item in header["frozen"].items()}
+        base = {site.name: _numbers(header["base"][site.name], 4) for site, _ in plan}
+        file = AdapterFile(path, plan, tensors, frozen, base)
     except AdapterFileError:
         raise
-    except (KeyError, TypeError, ValueError, IndexError) as error:
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         raise AdapterFileError(f"{path} has a damaged description ({error})") from error
     if not plan:
         raise AdapterFileError(f"{path} describes no site")
@@ -228,7 +230,15 @@ def _read_config(item: dict[str, Any]) -> AdapterConfig:
 
 def _read_site(item: dict[str, Any]) -> Site:
     rows = item["rows"]
-    return Site(**{**item, "rows": None if rows is None else (int(rows[0]), int(rows[1]))})
+    site = Site(**{**item, "rows": None if rows is None else (int(rows[0]), int(rows[1]))})
+    check_fields(site)
+    return site
+
+
+def _numbers(values: Any, count: int | None = None) -> list[float]:
+    if count is not None and len(values) != count:
+        raise ValueError(f"expected {count} numbers, got {len(values)}")
+    return [float(value) for value in values]
 
 
 def _check_sites(model: nn.Module, file: AdapterFile) -> None:
@@ -297,8 +307,8 @@ def _check_meaning(file: AdapterFile, placed: list[tuple[str, Delta]]) -> None:
         for key, value in (there[path].meaning() if path in there else {}).items():
             if here.get(key) != value:
                 raise AdapterFileError(
-                    f"{path} has {key} {here.get(key)!r} in the model and {value!r} in the file; load "
-                    "it under another name"
+                    f"{path} has {key} {here.get(key)!r} in the model and {value!r} in the file; "
+                    "load it under another name"
                 )
 
 
