@@ -6,9 +6,6 @@ need the quick-GELU configuration. Any other name is open_clip's own and needs `
 
 import logging
 import textwrap
-import threading
-import urllib.error
-import urllib.request
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,23 +17,30 @@ import torch
 from torch import Tensor, nn
 
 from tasks.fewshot.images import Transform
+from tasks.fewshot.weights import require_weights, tagged_weights
 from visionlora.errors import ConfigError, DataError, nearest
 
-ALIASES = {
-    "ViT-B/16": "ViT-B-16",
-    "ViT-B/32": "ViT-B-32",
-    "ViT-L/14": "ViT-L-14",
-    "ViT-L/14@336px": "ViT-L-14-336",
-}
-TINY = "tiny"
-PROBE_SECONDS = 3.0
-"""How long to wait for the weights' host before saying that there is no network."""
-RANDOM_SEED = 0
 
-WAY_OUT = (
-    "pass a file (--pretrained FILE), fill the cache (run once with network), use --backbone tiny, "
-    "or --pretrained none (random weights, for timing only)"
-)
+@dataclass(frozen=True)
+class Alias:
+    """A name from the literature: open_clip's name, OpenAI's weights on the hub and as a file."""
+
+    name: str
+    hub: str
+    file: str
+
+
+ALIASES = {
+    "ViT-B/16": Alias("ViT-B-16", "timm/vit_base_patch16_clip_224.openai/", "ViT-B-16.pt"),
+    "ViT-B/32": Alias("ViT-B-32", "timm/vit_base_patch32_clip_224.openai/", "ViT-B-32.pt"),
+    "ViT-L/14": Alias("ViT-L-14", "timm/vit_large_patch14_clip_224.openai/", "ViT-L-14.pt"),
+    "ViT-L/14@336px": Alias(
+        "ViT-L-14-336", "timm/vit_large_patch14_clip_336.openai/", "ViT-L-14-336px.pt"
+    ),
+}
+OPENAI = "openai"
+TINY = "tiny"
+RANDOM_SEED = 0
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,9 @@ def load_backbone(name: str, pretrained: str | None = None) -> Backbone:
     """
     if name == TINY:
         return _tiny(pretrained)
+    if name in ALIASES and pretrained in (None, OPENAI):
+        # Before open_clip is imported, which takes seconds: missing weights are soon said.
+        require_weights(name, OPENAI, ALIASES[name].hub, ALIASES[name].file)
     open_clip = _open_clip()
     known = [*ALIASES, *open_clip.list_models()]
     if name not in known:
@@ -78,7 +85,7 @@ def load_backbone(name: str, pretrained: str | None = None) -> Backbone:
                 f"backbone {name} needs --pretrained TAG, FILE or none; "
                 f"tags: {', '.join(tags) or 'none known'}"
             )
-        pretrained = "openai"
+        pretrained = OPENAI
     config_name, checkpoint, preprocess = _resolve(open_clip, name, pretrained)
     with _quiet_root_logger(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(RANDOM_SEED)
@@ -112,7 +119,7 @@ def _tiny(pretrained: str | None) -> Backbone:
 
 def _resolve(open_clip: Any, name: str, pretrained: str) -> tuple[str, Path | None, dict[str, Any]]:
     """Return the configuration's name, the weights file (None: random) and the preprocessing."""
-    plain = ALIASES.get(name, name)
+    plain = ALIASES[name].name if name in ALIASES else name
     quick = f"{plain}-quickgelu"
     has_quick = name in ALIASES and quick in open_clip.list_models()
     if pretrained == "none":
@@ -128,7 +135,7 @@ def _resolve(open_clip: Any, name: str, pretrained: str) -> tuple[str, Path | No
                 f"the weights {pretrained!r} want {'quick-' if wants_quick else 'plain '}GELU "
                 f"and {plain} has the other kind; use --backbone {other}"
             )
-        return plain, _tagged_weights(plain, pretrained, tag), tag
+        return plain, tagged_weights(plain, pretrained, tag), tag
     file = Path(pretrained).expanduser()
     if not file.is_file():
         tags = open_clip.list_pretrained_tags_by_model(plain)
@@ -147,76 +154,6 @@ def _resolve(open_clip: Any, name: str, pretrained: str) -> tuple[str, Path | No
 
 def _is_quick(open_clip: Any, name: str) -> bool:
     return bool((open_clip.get_model_config(name) or {}).get("quick_gelu", False))
-
-
-def _tagged_weights(name: str, tag_name: str, tag: dict[str, Any]) -> Path:
-    """Return the cached weights of a tag, or download them; say so quickly if neither works."""
-    from huggingface_hub import constants, hf_hub_url, try_to_load_from_cache
-    from open_clip.constants import HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME
-
-    url = str(tag.get("url", ""))
-    if tag.get("hf_hub"):
-        repo, _, file = str(tag["hf_hub"]).rpartition("/")
-        files = [file] if file else [HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME]
-        if file.endswith((".bin", ".pth")):
-            files.insert(0, f"{file[:-4]}.safetensors")
-        for candidate in files:
-            cached = try_to_load_from_cache(repo, candidate)
-            if isinstance(cached, str):
-                return Path(cached)
-        url = hf_hub_url(repo, files[-1])
-    in_old_cache = Path("~/.cache/clip").expanduser() / url.rpartition("/")[2]
-    if in_old_cache.is_file():
-        return in_old_cache
-    problem = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else _unreachable(url)
-    if problem:
-        raise ConfigError(
-            f"no weights for {name} ({tag_name}): not in the cache, and {problem}; {WAY_OUT}"
-        )
-    from open_clip.pretrained import download_pretrained
-
-    try:
-        return Path(download_pretrained(tag))
-    except Exception as error:  # open_clip and the hub raise whatever their transport raises
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ConfigError(
-            f"no weights for {name} ({tag_name}): the download failed ({reason}); {WAY_OUT}"
-        ) from error
-
-
-def _unreachable(url: str) -> str:
-    """Return why `url` cannot be reached, or an empty string.
-
-    The probe runs on its own thread because name resolution obeys no timeout.
-    """
-    problem = [f"{url.split('/')[2]} did not answer within {PROBE_SECONDS:g} s"]
-
-    def probe() -> None:
-        try:
-            request = urllib.request.Request(url, method="HEAD")
-            opener = urllib.request.build_opener(_NoRedirect)
-            opener.open(request, timeout=PROBE_SECONDS).close()
-            problem[0] = ""
-        except urllib.error.HTTPError as error:
-            # A redirect, a missing file or a login is an answer: the download itself tells more.
-            known = error.code < 400 or error.code in (401, 404)
-            problem[0] = "" if known else f"{url.split('/')[2]} answers {error}"
-        except OSError as error:
-            problem[0] = (
-                f"{url.split('/')[2]} cannot be reached ({getattr(error, 'reason', error)})"
-            )
-
-    thread = threading.Thread(target=probe, daemon=True)
-    thread.start()
-    thread.join(PROBE_SECONDS)
-    return problem[0]
-
-
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """Take a redirect for an answer instead of following it."""
-
-    def redirect_request(self, *args: Any, **kwargs: Any) -> None:
-        """Follow nothing."""
 
 
 def _load_weights(clip: nn.Module, file: Path, name: str) -> None:
@@ -244,7 +181,7 @@ def _is_torchscript(file: Path) -> bool:
         return any(entry.endswith("/constants.pkl") for entry in archive.namelist())
 
 
-def _transform(open_clip: Any, clip: nn.Module, preprocess: dict[str, Any]) -> Transform:
+def _transform(open_clip: Any, clip: Any, preprocess: dict[str, Any]) -> Transform:
     size = clip.visual.image_size
     defaults = open_clip.transform.PreprocessCfg()
     return Transform(

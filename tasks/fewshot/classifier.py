@@ -23,6 +23,11 @@ VIT_SLICES = ("q", "k", "v", "out")
 class Classifier(nn.Module):
     """Scores images against class prompts; what a frozen tower yields is computed only once."""
 
+    tokens: Tensor
+    mean: Tensor
+    std: Tensor
+    fixed_text: Tensor | None
+
     def __init__(
         self, clip: nn.Module, tokens: Tensor, transform: Transform, encoder: Encoder
     ) -> None:

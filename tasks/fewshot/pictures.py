@@ -3,12 +3,15 @@
 import io
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from visionlora.io.atomic import write_atomically
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 MAX_TICKS = 40
 """Above this many classes the axes carry no names."""
@@ -22,7 +25,7 @@ def save_confusion(
     """Draw counts by true (rows) and predicted (columns) class, coloured by share of the row."""
     share = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
     side = min(14.0, max(4.5, 2.5 + 0.4 * len(classes)))
-    figure = Figure(figsize=(side + 0.8, side), layout="constrained")
+    figure = _figure(side + 0.8, side)
     axes = figure.subplots()
     image = axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
     if len(classes) <= MAX_TICKS:
@@ -44,7 +47,7 @@ def save_grid(
     """Draw pictures `HxWx3` with a caption each."""
     columns = min(columns, len(images))
     rows = -(-len(images) // columns)
-    figure = Figure(figsize=(1.9 * columns, 2.3 * rows), layout="constrained")
+    figure = _figure(1.9 * columns, 2.3 * rows)
     cells = figure.subplots(rows, columns, squeeze=False).flatten()
     for cell in cells:
         cell.axis("off")
@@ -54,7 +57,13 @@ def save_grid(
     return _save(figure, path)
 
 
-def _save(figure: Figure, path: Path) -> Path:
+def _figure(width: float, height: float) -> "Figure":
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _save(figure: "Figure", path: Path) -> Path:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight")
     return write_atomically(path, lambda temporary: _write(temporary, buffer.getvalue()))

@@ -37,7 +37,7 @@ def tokenize(
     )
 
 
-def text_features(clip: nn.Module, tokens: Tensor) -> Tensor:
+def text_features(clip: Any, tokens: Tensor) -> Tensor:
     """Return one unit feature per class, `[classes, dim]`: the normalised mean over templates."""
     templates, classes, context = tokens.shape
     flat = tokens.reshape(templates * classes, context)
@@ -47,7 +47,7 @@ def text_features(clip: nn.Module, tokens: Tensor) -> Tensor:
     return F.normalize(features.unflatten(0, (templates, classes)).mean(0), dim=-1)
 
 
-def encode_text(clip: nn.Module, tokens: Tensor) -> Tensor:
+def encode_text(clip: Any, tokens: Tensor) -> Tensor:
     """Return what `clip.encode_text(tokens)` returns, on prompts cut at the longest end-of-text.
 
     Towers that are not causal, or do not read the end-of-text token, get the full length.
@@ -89,5 +89,5 @@ def _end_of_text(tower: Any, tokens: Tensor) -> Tensor:
     """Return the position that each prompt is read at; end-of-text is the largest token."""
     if _pool(tower) == "argmax":
         return tokens.argmax(1)
-    eos = getattr(tower, "text_eos_id", getattr(tower, "eos_id", None))
-    return (tokens == eos).int().argmax(1)
+    eos: int = getattr(tower, "text_eos_id", getattr(tower, "eos_id", -1))
+    return tokens.eq(eos).int().argmax(1)

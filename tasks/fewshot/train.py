@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -58,11 +59,9 @@ def _run(config: FewshotConfig) -> dict[str, Any]:
     ]
     result = summarise(experiment, zero, seeds, before)
     if directory.main:
-        confusion = sum(
-            read_matrix(directory.path / f"seed_{s}/confusion.csv") for s in config.seed
-        )
+        files = [directory.path / f"seed_{seed}" / "confusion.csv" for seed in config.seed]
         save_confusion(
-            confusion,
+            np.sum([read_matrix(file) for file in files], axis=0),
             experiment.dataset.classes,
             f"{config.dataset}, {config.method}, {config.shots} shots: {result['accuracy']:.1f} %",
             directory.path / "confusion.png",

@@ -4,12 +4,13 @@ import socket
 import time
 import zipfile
 
+import open_clip
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from tasks.fewshot import backbones
-from tasks.fewshot.backbones import load_backbone
+from tasks.fewshot import weights
+from tasks.fewshot.backbones import ALIASES, load_backbone
 from visionlora.errors import ConfigError, DataError
 
 
@@ -35,10 +36,10 @@ def test_missing_weights_without_network_are_explained_within_ten_seconds(offlin
 
 
 def test_a_silent_host_is_given_up(monkeypatch):
-    monkeypatch.setattr(backbones, "PROBE_SECONDS", 0.3)
+    monkeypatch.setattr(weights, "PROBE_SECONDS", 0.3)
     with socket.create_server(("127.0.0.1", 0)) as server:
         began = time.monotonic()
-        problem = backbones._unreachable(f"https://127.0.0.1:{server.getsockname()[1]}/weights")
+        problem = weights._unreachable(f"https://127.0.0.1:{server.getsockname()[1]}/weights")
         assert time.monotonic() - began < 5
     assert "127.0.0.1" in problem
 
@@ -55,9 +56,30 @@ def test_a_silent_host_is_given_up(monkeypatch):
         ("ViT-B-16-quickgelu", "openai", "ViT-B-16-quickgelu"),
     ],
 )
-def test_the_configuration_has_the_activation_of_the_weights(offline, name, tag, config):
+def test_the_configuration_has_the_activation_of_the_weights(
+    offline, monkeypatch, name, tag, config
+):
+    monkeypatch.setattr("tasks.fewshot.backbones.require_weights", lambda *args: None)
     with pytest.raises(ConfigError, match=f"no weights for {config} "):
         load_backbone(name, tag)
+
+
+def test_a_download_of_openais_own_package_is_found(offline, tmp_path):
+    (tmp_path / ".cache" / "clip").mkdir(parents=True)
+    (tmp_path / ".cache" / "clip" / "ViT-B-16.pt").write_bytes(b"damaged")
+    with pytest.raises(DataError, match=r"ViT-B-16\.pt does not hold weights"):
+        load_backbone("ViT-B/16")
+
+
+@pytest.mark.parametrize("alias", ALIASES.values(), ids=lambda alias: alias.name)
+def test_aliases_name_the_same_weights_as_open_clip(alias):
+    tag = open_clip.get_pretrained_cfg(alias.name, "openai")
+    assert (tag["hf_hub"], tag["url"].rpartition("/")[2]) == (alias.hub, alias.file)
+    assert f"{alias.name}-quickgelu" in open_clip.list_models()
+    assert set(weights.DEFAULT_FILES) == {
+        open_clip.constants.HF_SAFE_WEIGHTS_NAME,
+        open_clip.constants.HF_WEIGHTS_NAME,
+    }
 
 
 @pytest.mark.parametrize(

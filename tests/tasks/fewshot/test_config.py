@@ -1,5 +1,6 @@
 """The recipe fills what is left open, the user's options win, and nonsense is refused."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,11 @@ TEMPLATES = ("a photo of a {}.",)
 
 
 def test_vit_follows_clip_lora():
-    config = FewshotConfig(backbone="ViT-B/16", shots=4, method="lora").resolved(TEMPLATES)
+    config = FewshotConfig(
+        backbone="ViT-B/16", setting="base-to-new", shots=4, method="lora"
+    ).resolved(TEMPLATES)
+    assert config.steps == 400
+    config = replace(config, setting="all", steps=None).resolved(TEMPLATES)
     assert (config.lr, config.steps, config.template) == (2e-4, 2000, list(TEMPLATES))
     assert {key: config.adapter[key] for key in ("rank", "alpha", "scaling", "dropout")} == {
         "rank": 2,
