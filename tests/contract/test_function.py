@@ -122,7 +122,7 @@ def test_two_adapters_add_up_at_their_scales(config, kind):
     assert_close(model(*inputs), definition(model, kind, inputs, {"a": 0.5}))
 
 
-@pairs(DEFAULTS, FEW)
+@pairs(DEFAULTS, [kind for kind in KINDS if kind.name in ("qkv-slices", "conv-strided")])
 @pytest.mark.parametrize("other", DEFAULTS, ids=lambda config: config.method)
 def test_different_methods_live_on_one_layer(config, other, kind):
     inputs = kind.inputs()
@@ -181,9 +181,9 @@ def test_dropout_acts_while_training_and_never_in_evaluation(config, kind):
     if kind.name != "mha-self":
         model.train()
         torch.manual_seed(0)
-        many = torch.stack([model(*inputs) for _ in range(200)])
+        many = torch.stack([model(*inputs) for _ in range(100)])
         error = (many.mean(0) - definition(model, kind, inputs)).abs()
-        assert bool((error < 7 * many.std(0) / 200**0.5 + 1e-9).all())
+        assert bool((error < 7 * many.std(0) / 100**0.5 + 1e-9).all())
     with pytest.raises(ConfigError, match="dropout"):
         inject(kind.model(), dropping, kind, mode="dense")
 

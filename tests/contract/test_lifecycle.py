@@ -50,7 +50,7 @@ def test_eject_restores_the_model(config, kind):
     assert_unchanged(model, before)
 
 
-@pairs(DEFAULTS, KINDS)
+@pairs(DEFAULTS, FEW)
 def test_eject_with_merge_keeps_the_function(config, kind):
     model, inputs = adapted(config, kind).eval(), kind.inputs()
     expected = model(*inputs)
@@ -100,7 +100,7 @@ def test_an_adapter_dictionary_round_trips_and_is_checked(config, kind):
         assert_unchanged(other, before)
 
 
-@pairs(DEFAULTS, KINDS)
+@pairs(DEFAULTS, FEW)
 def test_copies_and_pickles_are_independent_and_complete(config, kind):
     model, inputs = adapted(config, kind).eval(), kind.inputs()
     expected = model(*inputs)
@@ -166,7 +166,7 @@ def test_casting_an_adapted_model_casts_everything(config, kind):
     assert_close(output, adapted(config, kind)(*kind.inputs()), factor=8)
 
 
-@pairs(DEFAULTS, KINDS)
+@pairs(DEFAULTS, FEW)
 def test_autocast_gives_the_type_of_the_base_and_full_precision_gradients(config, kind):
     base = kind.model(dtype=torch.float32)
     model = inject(kind.model(dtype=torch.float32), config, kind)
