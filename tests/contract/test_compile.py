@@ -1,23 +1,52 @@
-"""The compiler sees one graph without breaks."""
+"""The compiler sees one graph without breaks.
+
+Compiled in a process of its own: the suite's shape checks wrap the methods, which breaks graphs.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
-from cases import DEFAULTS, KINDS, adapted, gradients, pairs
+from cases import DEFAULTS, KINDS, adapted, gradients
 from tolerances import assert_close
 
 import visionlora as vl
 
-SITES = [kind for kind in KINDS if kind.name in ("qkv-slices", "conv-groups")]
+SITES = [kind for kind in KINDS if kind.name in ("qkv-slices", "conv-groups", "mha-self")]
+
+
+def compile_all():
+    for config in DEFAULTS:
+        for kind in SITES:
+            model, inputs = adapted(config, kind), kind.inputs()
+            tensors = [item for _, item in vl.trainable_parameters(model)]
+            expected = model(*inputs)
+            torch._dynamo.reset()
+            actual = torch.compile(model, fullgraph=True, backend="aot_eager")(*inputs)
+            assert_close(actual, expected)
+            pairs = zip(gradients(actual, tensors), gradients(expected, tensors), strict=True)
+            for one, other in pairs:
+                assert_close(one, other)
+            print("compiled", config.method, kind.name)
 
 
 @pytest.mark.slow
-@pairs(DEFAULTS, SITES)
-def test_a_compiled_layer_gives_the_same_output_and_gradients(config, kind):
-    model, inputs = adapted(config, kind), kind.inputs()
-    tensors = [item for _, item in vl.trainable_parameters(model)]
-    expected = model(*inputs)
-    torch._dynamo.reset()
-    actual = torch.compile(model, fullgraph=True, backend="aot_eager")(*inputs)
-    assert_close(actual, expected)
-    for one, other in zip(gradients(actual, tensors), gradients(expected, tensors), strict=True):
-        assert_close(one, other)
+def test_compiled_layers_give_the_same_output_and_gradients():
+    here = Path(__file__).resolve()
+    paths = [str(here.parent), str(here.parents[1]), str(here.parents[2])]
+    done = subprocess.run(
+        [sys.executable, str(here)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("compiled") == len(DEFAULTS) * len(SITES)
+
+
+if __name__ == "__main__":
+    compile_all()
