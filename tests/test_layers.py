@@ -5,10 +5,10 @@ import pickle
 
 import pytest
 import torch
-from tolerances import assert_close
 from torch import nn
 
 import visionlora as vl
+from tests.tolerances import assert_close
 from visionlora.errors import ConfigError, TargetError
 from visionlora.layers import LoRAConv2d, LoRAEmbedding, LoRALinear, LoRAMultiheadAttention
 

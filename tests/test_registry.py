@@ -2,21 +2,12 @@
 
 import dataclasses
 
-import jaxtyping
 import pytest
 
 import visionlora as vl
 from visionlora.config import AdapterConfig
 from visionlora.errors import ConfigError
 from visionlora.registry import list_presets
-
-
-@pytest.fixture(autouse=True)
-def _as_installed():
-    """Switch the suite's own type checks off: a user's mistake meets the configuration itself."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.mark.parametrize("name", vl.list_methods())

@@ -4,9 +4,9 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from tolerances import assert_close
 
 import visionlora as vl
+from tests.tolerances import assert_close
 
 SMALL = {"embed_dim": 48, "depth": 2, "num_heads": 4}
 FAMILIES = {

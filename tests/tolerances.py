@@ -6,8 +6,10 @@ TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 2e-2, t
 
 
 def assert_close(actual: torch.Tensor, expected: torch.Tensor, factor: float = 1.0) -> None:
-    """Compare with the tolerance of the coarser dtype, relative to the size of the expected values."""
-    dtype = actual.dtype if TOLERANCES[actual.dtype] > TOLERANCES[expected.dtype] else expected.dtype
+    """Compare with the tolerance of the coarser dtype, relative to the expected size."""
+    dtype = (
+        actual.dtype if TOLERANCES[actual.dtype] > TOLERANCES[expected.dtype] else expected.dtype
+    )
     tolerance = factor * TOLERANCES[dtype]
     size = max(1.0, float(expected.detach().abs().max())) if expected.numel() else 1.0
     torch.testing.assert_close(

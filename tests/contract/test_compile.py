@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import DEFAULTS, KINDS, adapted, gradients
-from tolerances import assert_close
 
 import visionlora as vl
+from tests.contract.cases import DEFAULTS, KINDS, adapted, gradients
+from tests.tolerances import assert_close
 
 SITES = [kind for kind in KINDS if kind.name in ("qkv-slices", "conv-groups", "mha-self")]
 

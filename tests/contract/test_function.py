@@ -4,7 +4,9 @@ import dataclasses
 
 import pytest
 import torch
-from cases import (
+
+import visionlora as vl
+from tests.contract.cases import (
     CONFIGS,
     DEFAULTS,
     FEW,
@@ -20,9 +22,7 @@ from cases import (
     randomise,
     snapshot,
 )
-from tolerances import assert_close
-
-import visionlora as vl
+from tests.tolerances import assert_close
 from visionlora.errors import AdapterStateError, ConfigError
 
 MODES = ["auto", "factored", "dense"]

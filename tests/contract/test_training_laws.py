@@ -4,9 +4,19 @@ import dataclasses
 
 import pytest
 import torch
-from cases import CONFIGS, DEFAULTS, FEW, KINDS, adapted, deltas_of, host_of, inject, pairs
 
 import visionlora as vl
+from tests.contract.cases import (
+    CONFIGS,
+    DEFAULTS,
+    FEW,
+    KINDS,
+    adapted,
+    deltas_of,
+    host_of,
+    inject,
+    pairs,
+)
 from visionlora.record import SHARED
 
 

@@ -4,10 +4,10 @@ import copy
 
 import pytest
 import torch
-from tolerances import assert_close
 from torch import nn
 
 import visionlora as vl
+from tests.tolerances import assert_close
 
 E, HEADS, B, L, S = 8, 2, 3, 4, 5
 INF = float("-inf")

@@ -7,10 +7,10 @@ import timm
 import torch
 import torch.nn.functional as F
 from timm.layers import Conv2dSame, ScaledStdConv2d, StdConv2d
-from tolerances import assert_close
 from torch import nn
 
 import visionlora as vl
+from tests.tolerances import assert_close
 from visionlora.errors import TargetError
 from visionlora.hosts import DenseHost
 from visionlora.hosts.choose import read_by

@@ -6,10 +6,10 @@ import itertools
 import open_clip
 import pytest
 import torch
-from tolerances import assert_close
 from torch import nn
 
 import visionlora as vl
+from tests.tolerances import assert_close
 
 
 @torch.no_grad()

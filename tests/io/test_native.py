@@ -6,7 +6,6 @@ import resource
 import subprocess
 import sys
 
-import jaxtyping
 import pytest
 import safetensors.torch
 import torch
@@ -241,15 +240,6 @@ def replaced(header, at, value):
     return header
 
 
-@pytest.fixture
-def _as_installed():
-    """Switch the suite's own type checks off: a bad value meets the configuration itself."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
-
-
-@pytest.mark.usefixtures("_as_installed")
 def test_no_description_crashes_load_or_leaves_a_half_changed_model(path):
     """Every value of the description is replaced by every kind of wrong value."""
     with safe_open(path, "pt") as stream:

@@ -5,8 +5,8 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from tolerances import assert_close
 
+from tests.tolerances import assert_close
 from visionlora.ops import Branch, lora_linear
 
 

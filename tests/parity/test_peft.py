@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from tolerances import assert_close
 from torch import nn
 
 import visionlora as vl
+from tests.tolerances import assert_close
 from visionlora.record import SHARED
 
 peft = pytest.importorskip("peft")

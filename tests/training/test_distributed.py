@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from toy_training import toy_fit, toy_model
 
+from tests.training.toy_training import toy_fit, toy_model
 from visionlora.training import RunDirectory
 
 SCRIPT = Path(__file__).with_name("toy_training.py")

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from toy_training import toy_batches, toy_fit, toy_loss, toy_model, toy_optimizer
 
+from tests.training.toy_training import toy_batches, toy_fit, toy_loss, toy_model, toy_optimizer
 from visionlora.errors import ConfigError, NeverTrainedError, OutputError, VisionLoraError
 from visionlora.training import RunDirectory, TrainSettings, fit
 

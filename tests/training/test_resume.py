@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from toy_training import Wobble, exact, toy_batches, toy_fit, toy_model
 
+from tests.training.toy_training import Wobble, exact, toy_batches, toy_fit, toy_model
 from visionlora.errors import ConfigError
 from visionlora.training import RunDirectory
 

@@ -1,0 +1,5 @@
+"""The suite; importing it brings the checker that `--jaxtyping-packages` names."""
+
+from tests import shapes
+
+__all__ = ["shapes"]
