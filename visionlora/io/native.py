@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from visionlora import record
-from visionlora.api import PreparedAdapter, install, prepare_adapter, refuse_merged
+from visionlora.build import PreparedAdapter, install, prepare_adapter, refuse_merged
 from visionlora.config import AdapterConfig, check_fields
 from visionlora.errors import AdapterFileError, AdapterStateError, VisionLoraError, nearest
 from visionlora.hosts import describe, find_adapter
