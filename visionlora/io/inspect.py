@@ -4,7 +4,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from visionlora.io.native import read_adapter
+from visionlora.io.adapter_file import read_adapter
 
 _SHOWN = 6
 

@@ -1,0 +1,92 @@
+"""Reading a native adapter file: parsed and validated on its own, without a model."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+from torch import Tensor
+
+from visionlora.config import AdapterConfig, check_fields
+from visionlora.errors import AdapterFileError
+from visionlora.io import contents
+from visionlora.registry import build_config
+from visionlora.sites import Site
+
+FORMAT = "visionlora-adapter"
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class AdapterFile:
+    """A parsed and validated adapter file."""
+
+    path: Path
+    plan: list[tuple[Site, AdapterConfig]]
+    tensors: dict[str, Tensor]
+    frozen: dict[str, list[float]]
+    """Fingerprints of seeded tensors."""
+    base: dict[str, list[float]]
+    """Figures of the adapted weights."""
+
+
+def read_adapter(path: str | Path) -> AdapterFile:
+    """Read and validate an adapter file without a model.
+
+    Raises:
+        AdapterFileError: it is missing, truncated, not of this format, or inconsistent.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise AdapterFileError(f"no adapter file at {path}")
+    try:
+        with safetensors.safe_open(path, "pt") as stream:
+            metadata = stream.metadata() or {}
+            tensors = {key: stream.get_tensor(key) for key in stream.keys()}  # noqa: SIM118
+    except (safetensors.SafetensorError, OSError) as error:
+        raise AdapterFileError(
+            f"{path} is truncated or not a safetensors file ({error})"
+        ) from error
+    if "visionlora" not in metadata:
+        raise AdapterFileError(f"{path} has no visionlora description: another tool wrote it")
+    try:
+        header = json.loads(metadata["visionlora"])
+        if header["format"] != FORMAT or header["version"] > VERSION:
+            raise AdapterFileError(
+                f"{path} has format {header['format']} version {header['version']}; this version "
+                f"of "
+                f"visionlora reads {FORMAT} up to version {VERSION}"
+            )
+        configs = [_read_config(item) for item in header["configs"]]
+        plan = [(_read_site(item), configs[index]) for item, index in header["sites"]]
+        frozen = {key: _numbers(item) for key, item in header["frozen"].items()}
+        base = {site.name: _numbers(header["base"][site.name], 4) for site, _ in plan}
+        file = AdapterFile(path, plan, tensors, frozen, base)
+    except AdapterFileError:
+        raise
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        raise AdapterFileError(f"{path} has a damaged description ({error})") from error
+    if not plan:
+        raise AdapterFileError(f"{path} describes no site")
+    contents.refuse_non_finite(tensors, str(path))
+    return file
+
+
+def _read_config(item: dict[str, Any]) -> AdapterConfig:
+    return build_config(
+        item["method"], {key: value for key, value in item.items() if key != "method"}
+    )
+
+
+def _read_site(item: dict[str, Any]) -> Site:
+    rows = item["rows"]
+    site = Site(**{**item, "rows": None if rows is None else (int(rows[0]), int(rows[1]))})
+    check_fields(site)
+    return site
+
+
+def _numbers(values: Any, count: int | None = None) -> list[float]:
+    if count is not None and len(values) != count:
+        raise ValueError(f"expected {count} numbers, got {len(values)}")
+    return [float(value) for value in values]
