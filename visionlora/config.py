@@ -81,8 +81,8 @@ class LowRankConfig(AdapterConfig):
         if self.rank > site.max_rank:
             raise ConfigError(
                 f"{self.method}: rank {self.rank} is larger than {site.name or 'the layer'} "
-                f"allows: its view is "
-                f"{site.out_features} x {site.in_features}, so at most {site.max_rank}"
+                f"allows: its view is {site.out_features} x {site.in_features}, so at most "
+                f"{site.max_rank}"
             )
 
 

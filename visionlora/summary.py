@@ -87,8 +87,7 @@ def _warnings(trained: list[tuple[str, nn.Parameter]], owners: dict[int, str]) -
     stray = [name for name, item in trained[: places[0]] if item.numel() > 1]
     return tuple(
         f"{name} is trainable and comes before the first adapter, so backward runs through "
-        f"everything "
-        "after it; freeze it with freeze_base unless that is meant"
+        "everything after it; freeze it with freeze_base unless that is meant"
         for name in stray
     )
 

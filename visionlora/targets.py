@@ -173,9 +173,8 @@ def _resolve(modules: dict[str, nn.Module], pattern: str) -> dict[str, tuple[str
         )
         if literal and foreign is not None:
             raise TargetError(
-                f"target {pattern!r} matches {foreign}, a {type(modules[foreign]).__name__}, "
-                f"which cannot "
-                f"carry an adapter; supported: {_supported_names()}"
+                f"target {pattern!r} matches {foreign}, a {type(modules[foreign]).__name__}, which "
+                f"cannot carry an adapter; supported: {_supported_names()}"
             )
     result: dict[str, tuple[str, ...]] = {}
     for name, module in usable.items():
@@ -222,8 +221,7 @@ def _refusal(
         name, module = next(iter(matched.items()))
         return (
             f"target {pattern!r} matches {name or 'the model'}, a {type(module).__name__}, which "
-            f"cannot "
-            f"carry an adapter; supported: {_supported_names()}"
+            f"cannot carry an adapter; supported: {_supported_names()}"
         )
     usable = [name for name, module in modules.items() if isinstance(module, SUPPORTED)]
     if glob.startswith("type:"):

@@ -55,8 +55,7 @@ def read_adapter(path: str | Path) -> AdapterFile:
         if header["format"] != FORMAT or header["version"] > VERSION:
             raise AdapterFileError(
                 f"{path} has format {header['format']} version {header['version']}; this version "
-                f"of "
-                f"visionlora reads {FORMAT} up to version {VERSION}"
+                f"of visionlora reads {FORMAT} up to version {VERSION}"
             )
         configs = [_read_config(item) for item in header["configs"]]
         plan = [(_read_site(item), configs[index]) for item, index in header["sites"]]

@@ -48,8 +48,7 @@ def check_base(model: nn.Module, file: AdapterFile) -> None:
         if not close:
             raise AdapterFileError(
                 f"{file.path} was trained on other base weights: {name} differs; load the weights "
-                f"it was "
-                "trained on, or pass check_base=False"
+                "it was trained on, or pass check_base=False"
             )
 
 
@@ -65,8 +64,7 @@ def check_seeded(file: AdapterFile, seeded: dict[str, Tensor]) -> None:
         ):
             raise AdapterFileError(
                 f"seeded tensor {key} differs from the one trained with; save again with "
-                f"frozen=True "
-                "where it was trained"
+                "frozen=True where it was trained"
             )
 
 

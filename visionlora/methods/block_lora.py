@@ -64,8 +64,7 @@ class BlockLoRAConfig(LowRankConfig):
         if self.layout == "rank" and self.rank % self.blocks:
             raise ConfigError(
                 f"block-lora: blocks must divide the rank in layout 'rank', got {self.blocks} "
-                f"blocks "
-                f"and rank {self.rank}"
+                f"blocks and rank {self.rank}"
             )
 
     def check_site(self, site: Site) -> None:
@@ -74,8 +73,7 @@ class BlockLoRAConfig(LowRankConfig):
         if self.layout == "grid" and site.in_features % self.blocks:
             raise ConfigError(
                 f"block-lora: blocks must divide the input in layout 'grid', got {self.blocks} "
-                f"blocks "
-                f"and {site.in_features} input features at {site.name or 'the layer'}"
+                f"blocks and {site.in_features} input features at {site.name or 'the layer'}"
             )
 
 
