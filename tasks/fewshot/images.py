@@ -64,17 +64,21 @@ def open_image(source: Path | np.ndarray) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            image = (
-                Image.fromarray(source) if isinstance(source, np.ndarray) else Image.open(source)
-            )
-            image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I"):
-                image = Image.fromarray((np.asarray(image) / 256).clip(0, 255).astype(np.uint8))
-            elif image.mode == "P":
-                image = image.convert("RGBA")
-            return image.convert("RGB")
+            if isinstance(source, np.ndarray):
+                return _upright_rgb(Image.fromarray(source))
+            with Image.open(source) as image:
+                return _upright_rgb(image)
     except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
         raise UnreadableImage(str(error).splitlines()[0] if str(error) else repr(error)) from error
+
+
+def _upright_rgb(image: Image.Image) -> Image.Image:
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):
+        image = Image.fromarray((np.asarray(image) / 256).clip(0, 255).astype(np.uint8))
+    elif image.mode == "P":
+        image = image.convert("RGBA")
+    return image.convert("RGB")
 
 
 def evaluation_pixels(source: Path | np.ndarray, transform: Transform) -> Tensor:

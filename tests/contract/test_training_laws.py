@@ -76,7 +76,7 @@ def test_five_steps_lower_the_loss(config, kind):
     losses = []
     for _ in range(6):
         loss = (model(*inputs) - goal).square().mean()
-        losses.append(float(loss))
+        losses.append(loss.item())
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -63,7 +63,7 @@ def test_files_of_a_run(digits):
     assert (folder / "config.yaml").is_file()
     lines = (folder / "seed_1" / "log.jsonl").read_text().splitlines()
     assert json.loads(lines[-1])["step"] == 60
-    rows = list(csv.reader((folder / "seed_2" / "confusion.csv").open()))
+    rows = list(csv.reader((folder / "seed_2" / "confusion.csv").read_text().splitlines()))
     counts = torch.tensor([[int(cell) for cell in row[1:]] for row in rows[1:]])
     assert counts.sum() == result["test_images"] == 300
     right = 100 * counts.diagonal().sum() / counts.sum()
