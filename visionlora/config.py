@@ -107,6 +107,11 @@ def _fits(value: Any, hint: Any) -> bool:
         return value in typing.get_args(hint)
     if origin in (types.UnionType, typing.Union):
         return any(_fits(value, part) for part in typing.get_args(hint))
+    if origin is tuple:
+        parts = typing.get_args(hint)
+        return (
+            isinstance(value, tuple) and len(value) == len(parts) and all(map(_fits, value, parts))
+        )
     if hint is float:
         return isinstance(value, int | float) and not isinstance(value, bool)
     if hint is int:
