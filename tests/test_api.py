@@ -281,3 +281,43 @@ def test_a_sequential_root_still_runs_with_shared_tensors(x):
     assert torch.equal(model(x), expected)
     vl.eject(model)
     assert len(model) == 3
+
+
+@pytest.mark.parametrize("block", [vl.merged, vl.disabled])
+def test_a_model_ejected_inside_a_block_is_the_base_model_after_it(block, x):
+    model = build().eval()
+    disturb(model)
+    with vl.disabled(model):
+        expected = model(x)
+    with block(model):
+        vl.eject(model)
+    assert type(model.first) is nn.Linear
+    assert torch.equal(model(x), expected)
+
+
+def test_an_error_inside_a_block_that_unmerged_is_the_one_raised():
+    def block(model):
+        with vl.merged(model):
+            vl.unmerge(model)
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        block(build())
+
+
+@pytest.mark.parametrize(
+    ("verb", "said"),
+    [
+        (lambda model: vl.inject(model, None), "method"),
+        (lambda model: vl.inject(model, vl.get_method("lora")), "method"),
+        (lambda model: vl.inject(model, "lora", targets="first", rank=2, mode="fast"), "mode"),
+        (lambda model: vl.set_scale(build(), float("nan")), "finite"),
+        (lambda model: vl.set_scale(build(), "big"), "finite"),
+    ],
+)
+def test_arguments_of_another_kind_are_refused_in_one_line(verb, said):
+    model = Model()
+    with pytest.raises(ConfigError, match=said) as caught:
+        verb(model)
+    assert "\n" not in str(caught.value)
+    assert type(model.first) is nn.Linear

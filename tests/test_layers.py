@@ -108,6 +108,27 @@ def test_new_layers_take_the_arguments_of_the_plain_ones():
         LoRAMultiheadAttention(8, 2, projections=["q", "z"])
 
 
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: LoRALinear(4, 4, rnk=2), "did you mean 'rank'"),
+        (lambda: LoRALinear.from_linear(nn.Linear(4, 4), rnk=2), "did you mean 'rank'"),
+        (
+            lambda: LoRAEmbedding.from_embedding(nn.Embedding(5, 4), rank=2, dropout=0.1),
+            "dropout cannot act",
+        ),
+    ],
+)
+def test_options_that_an_injected_adapter_refuses_are_refused_here(make, said):
+    with pytest.raises(ConfigError, match=said):
+        make()
+
+
+def test_one_projection_may_be_named_alone():
+    layer = LoRAMultiheadAttention(8, 2, rank=2, projections="out")
+    assert list(layer.adapters["default"]) == ["out"]
+
+
 def test_numbers_follow_the_global_seed_unless_one_is_given():
     def factor(global_seed, **options):
         torch.manual_seed(global_seed)

@@ -4,6 +4,7 @@ All verbs work in place on any `nn.Module`. Whatever can fail is checked before 
 touched.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -127,7 +128,8 @@ def merged(model: nn.Module) -> Iterator[nn.Module]:
     try:
         yield model
     finally:
-        unmerge(model)
+        if any(host.state.originals is not None for host in hosts_of(model).values()):
+            unmerge(model)  # not if the block has unmerged or ejected it
 
 
 @contextmanager
@@ -169,9 +171,12 @@ def set_scale(model: nn.Module, scale: float, name: str | None = None) -> nn.Mod
 
     Raises:
         AdapterStateError: an unknown name, or the model is merged.
+        ConfigError: the scale is not a finite number.
     """
     hosts = _hosts(model)
     refuse_merged(model, "change the scale")
+    if not isinstance(scale, int | float) or not math.isfinite(scale):
+        raise ConfigError(f"the scale of an adapter must be a finite number, got {scale!r}")
     names = adapter_names(model) if name is None else [find_adapter(adapter_names(model), name)]
     for host in hosts.values():
         host.state.strengths.update({item: float(scale) for item in names if item in host.adapters})
@@ -218,6 +223,8 @@ def trainable_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]
 def _as_config(method: str | AdapterConfig, options: dict[str, Any]) -> AdapterConfig:
     if isinstance(method, str):
         return build_config(method, options)
+    if not isinstance(method, AdapterConfig):
+        raise ConfigError(f"method must be a name or a configuration, got {method!r}")
     if options:
         raise ConfigError(
             f"options {sorted(options)} must be fields of the configuration that was given"
@@ -253,5 +260,6 @@ def _refuse_tied(model: nn.Module, hosts: dict[str, Host]) -> None:
 
 def _set_enabled(hosts: dict[str, Host], values: list[bool]) -> None:
     for host, value in zip(hosts.values(), values, strict=True):
-        host.state.enabled = value
-        host.refresh()
+        if isinstance(host, Host):  # not if it was ejected meanwhile
+            host.state.enabled = value
+            host.refresh()

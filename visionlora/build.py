@@ -6,7 +6,7 @@ The two steps are apart so that whatever can be refused is refused before the mo
 
 import re
 from dataclasses import dataclass
-from typing import cast
+from typing import cast, get_args
 
 import torch
 from torch import nn
@@ -43,6 +43,8 @@ def prepare_adapter(
     mode: Mode = "auto",
 ) -> PreparedAdapter:
     """Build an adapter for an explicit list of sites without touching the model (see `inject`)."""
+    if mode not in get_args(Mode):
+        raise ConfigError(f"mode must be one of {', '.join(get_args(Mode))}, got {mode!r}")
     if not re.fullmatch(r"\w[\w-]*", name):
         raise ConfigError(f"adapter name {name!r} must consist of letters, digits, '_' and '-'")
     if hasattr(nn.ModuleDict(), name):
@@ -66,9 +68,7 @@ def prepare_adapter(
     for site, config in plan:
         config.check_site(site)
         chosen = hosts[site.module]
-        _check_dropout(
-            config, site, chosen[1] if chosen else _host(modules[site.module]).state.mode
-        )
+        check_dropout(config, site, chosen[1] if chosen else _host(modules[site.module]).state.mode)
     shared = _build_shared(plan)
     if shared is not None:
         site = plan[0][0]
@@ -136,7 +136,7 @@ def _adapter_dtype(weight: torch.Tensor) -> torch.dtype:
     return torch.float64 if weight.dtype == torch.float64 else torch.float32
 
 
-def _check_dropout(config: AdapterConfig, site: Site, mode: Mode) -> None:
+def check_dropout(config: AdapterConfig, site: Site, mode: Mode) -> None:
     """Refuse input dropout where it could not act."""
     if not getattr(config, "dropout", 0.0):
         return

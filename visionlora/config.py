@@ -5,6 +5,7 @@ a factor pair derive from `LowRankConfig`. `check_fields` turns a wrong type or 
 """
 
 import dataclasses
+import math
 import types
 import typing
 from dataclasses import dataclass
@@ -113,7 +114,8 @@ def _fits(value: Any, hint: Any) -> bool:
             isinstance(value, tuple) and len(value) == len(parts) and all(map(_fits, value, parts))
         )
     if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        return number and math.isfinite(value)
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool)
     return isinstance(value, hint) if isinstance(hint, type) else True
@@ -124,6 +126,6 @@ def _describe(hint: Any) -> str:
         return "one of " + ", ".join(repr(item) for item in typing.get_args(hint))
     if typing.get_origin(hint) in (types.UnionType, typing.Union):
         return " or ".join(_describe(part) for part in typing.get_args(hint))
-    return {"NoneType": "None", "int": "a whole number", "float": "a number"}.get(
+    return {"NoneType": "None", "int": "a whole number", "float": "a finite number"}.get(
         getattr(hint, "__name__", ""), str(getattr(hint, "__name__", hint))
     )

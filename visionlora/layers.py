@@ -9,11 +9,12 @@ them trains, saves, loads, merges and ejects like one that went through `inject`
 """
 
 from collections.abc import Sequence
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar, cast
 
 import torch
 from torch import nn
 
+from visionlora.build import check_dropout
 from visionlora.errors import TargetError
 from visionlora.hosts import (
     AttentionHost,
@@ -28,6 +29,7 @@ from visionlora.hosts.base import parameter_name, stored, view_of
 from visionlora.hosts.choose import choose_host
 from visionlora.hosts.shortcuts import close_shortcut
 from visionlora.methods.lora import LoRA, LoRAConfig
+from visionlora.registry import build_config
 from visionlora.sites import named_generator
 
 __all__ = ["LoRAConv2d", "LoRAEmbedding", "LoRALinear", "LoRAMultiheadAttention"]
@@ -39,12 +41,14 @@ def _add_lora(layer: Any, keys: Sequence[str], seed: int | None, options: dict[s
     """Freeze a fresh host and give it a LoRA adapter on the named sites."""
     # Like the weights of any new layer, the factors follow torch.manual_seed unless a seed is
     # given.
-    config = LoRAConfig(seed=int(torch.randint(2**31, ())) if seed is None else seed, **options)
+    seed = int(torch.randint(2**31, ())) if seed is None else seed
+    config = cast(LoRAConfig, build_config("lora", {"seed": seed, **options}))
     prepare(layer, "auto")
     deltas = {}
     for key in keys:
         site = describe("", layer, key)
         config.check_site(site)
+        check_dropout(config, site, "auto")
         weight = stored(layer, parameter_name(layer, key)).detach()
         delta = LoRA(config, site).to(
             torch.float64 if weight.dtype == torch.float64 else torch.float32
@@ -235,6 +239,7 @@ class LoRAMultiheadAttention(AttentionHost, nn.MultiheadAttention):
 def _check_projections(projections: Sequence[str]) -> Sequence[str]:
     from visionlora.targets import ATTENTION_SLICES
 
+    projections = (projections,) if projections == "out" else projections  # not its letters
     wrong = [item for item in projections if item not in ATTENTION_SLICES]
     if wrong or not projections:
         raise TargetError(

@@ -78,7 +78,10 @@ def describe(name: str, module: nn.Module, key: str) -> Site:
         )
     if isinstance(module, nn.Embedding):
         if module.max_norm is not None:
-            raise TargetError(f"{name} renormalises its rows (max_norm), which no adapter supports")
+            layer = name or "the layer"
+            raise TargetError(
+                f"{layer} renormalises its rows (max_norm), which no adapter supports"
+            )
         return Site(name, key, kind, weight.shape[1], weight.shape[0])
     groups = int(module.groups) if isinstance(module, nn.Conv2d) else 1
     columns = weight[0].numel()
