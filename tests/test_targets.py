@@ -130,6 +130,22 @@ def test_an_exclusion_must_exclude_something_but_not_everything():
         names("attn.qkv", exclude="blocks.*")
 
 
+@pytest.mark.parametrize("targets", [[], None, 3])
+def test_no_pattern_at_all_is_refused(targets):
+    with pytest.raises(TargetError, match="target"):
+        find_targets(Vision(), targets)
+
+
+def test_a_projection_that_is_not_fused_has_no_named_slices_but_row_ranges():
+    model = Vision()
+    model.blocks[0].attn.proj = nn.Linear(9, 9)
+    with pytest.raises(TargetError, match="no fused projection with a slice 'q'"):
+        find_targets(model, "blocks.0.attn.proj[q]")
+    assert find_targets(model, "blocks.0.attn.proj[0:3]")[0].keys == ("rows_0_3",)
+    model.kv = nn.Linear(16, 16)  # keys and values of a wider context
+    assert find_targets(model, "kv[v]")[0].keys == ("v",)
+
+
 def grouped():
     return nn.Conv2d(4, 8, 3, groups=2)
 

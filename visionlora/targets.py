@@ -70,6 +70,8 @@ def find_targets(
         for name in dropped:
             del chosen[name]
     if not chosen:
+        if not _as_list(targets):
+            raise TargetError("no target given: name at least one layer")
         raise TargetError(
             f"no target left: exclude={exclude!r} removes all that {targets!r} matches"
         )
@@ -115,6 +117,8 @@ def matches_parameter(name: str, pattern: str) -> bool:
 
 
 def _as_list(patterns: str | Sequence[str]) -> list[str]:
+    if not isinstance(patterns, Iterable):
+        raise TargetError(f"targets must be a pattern or a list of patterns, got {patterns!r}")
     items = [patterns] if isinstance(patterns, str) else list(patterns)
     for item in items:
         if not isinstance(item, str) or not item.strip():
@@ -205,8 +209,15 @@ def _keys_of(
         return name, keys or ATTENTION_SLICES
     if keys and isinstance(module, nn.Embedding):
         raise TargetError(f"{name} is an Embedding, which has no slices, got {list(keys)}")
+    weight = cast(Tensor, module.weight)
     for key in keys:
-        row_range(name, cast(Tensor, module.weight).shape[0], key)
+        row_range(name, weight.shape[0], key)
+        fused = "kv" in name.rpartition(".")[2].lower() or weight.shape[0] != weight[0].numel()
+        if not key.startswith("rows_") and not fused:
+            raise TargetError(
+                f"{name} maps {weight.shape[0]} features to as many, so it is no fused projection "
+                f"with a slice {key!r}; name it without slices, or by a row range"
+            )
     return name, keys or ("weight",)
 
 
