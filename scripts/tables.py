@@ -3,6 +3,7 @@
 Usage: python scripts/tables.py [--check]
 """
 
+import argparse
 import json
 import re
 import sys
@@ -66,7 +67,9 @@ def filled(text: str) -> str:
 
 def main() -> int:
     """Rewrite the pages, or with --check report the stale ones."""
-    check = "--check" in sys.argv[1:]
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--check", action="store_true", help="change nothing; 1 if one is stale")
+    check = parser.parse_args().check
     stale = []
     for name in FILES:
         path = ROOT / name

@@ -51,3 +51,15 @@ def test_local_links_and_paths_exist(page):
         r"`((?:docs|tests|scripts|benchmarks|visionlora|tasks|configs)/[\w./-]+)`", text
     )
     assert not [path for path in named if not (ROOT / path).exists()]
+
+
+def test_an_unknown_option_of_the_table_maker_rewrites_nothing():
+    done = subprocess.run(
+        [sys.executable, "scripts/tables.py", "--chekc"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert "--chekc" in done.stderr
