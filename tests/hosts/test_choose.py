@@ -45,6 +45,15 @@ class Assigns(Base):
         return self.proj(x @ weight.t() + self.qkv.bias)
 
 
+class Aliases(Base):
+    def forward(self, x):
+        layer = self.qkv
+        used = layer
+        layer = self.proj
+        x = F.linear(x, used.weight, used.bias)
+        return layer(x.to(layer.weight.dtype))
+
+
 class Transposes(Base):
     def forward(self, x):
         return self.proj(x @ self.qkv.weight.t() + self.qkv.bias)
@@ -119,6 +128,7 @@ class Around(nn.Module):
 READERS = [
     Reads,
     Assigns,
+    Aliases,
     Transposes,
     Helper,
     Property,

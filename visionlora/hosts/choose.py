@@ -172,14 +172,26 @@ def _with_nested(code: types.CodeType) -> Iterator[types.CodeType]:
 
 
 def _reads(code: types.CodeType) -> Iterator[str]:
-    """Yield `a` for each place that loads `.a`, then `.weight`, and uses the value."""
+    """Yield `a` for each place that loads `.a`, then `.weight`, and uses the value.
+
+    The layer may be kept in a local variable in between (`layer = self.a; layer.weight`).
+    """
     steps = [
         (step.opname, step.argval)
         for step in dis.get_instructions(code)
         if step.opname not in ("CACHE", "PRECALL", "EXTENDED_ARG", "NOP")
     ]
-    steps.append(("", ""))
-    for first, second, third in zip(steps, steps[1:], steps[2:], strict=False):
-        loads = first[0] in _LOADS and second[0] in _LOADS and second[1] == "weight"
-        if loads and not (third[0] in _LOADS and third[1] in _HARMLESS):
-            yield str(first[1])
+    held: dict[str, str | None] = {}  # the attribute that a variable was loaded from
+    source: str | None = None  # the attribute that the last step loaded
+    for (name, value), following in zip(steps, [*steps[1:], ("", "")], strict=True):
+        if name in _LOADS:
+            harmless = following[0] in _LOADS and following[1] in _HARMLESS
+            if source is not None and value == "weight" and not harmless:
+                yield source
+            source = str(value)
+            continue
+        # Newer Pythons store and load two variables in one step.
+        variables = value if isinstance(value, tuple) else (value,)
+        if name.startswith("STORE_FAST"):
+            held[variables[0]] = source
+        source = held.get(variables[-1]) if "LOAD_FAST" in name else None
