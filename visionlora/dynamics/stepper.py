@@ -176,7 +176,8 @@ class Stepper:
             names = [name.removeprefix("module.") for name, p in named.items() if id(p) in missed]
             raise NeverTrainedError(
                 f"{len(missed)} trainable tensors received no gradient in the first step: "
-                f"{shortlist(names)}; the forward does not pass through them"
+                f"{shortlist(names)}; the forward does not pass through them (an adapted "
+                "layer whose weight is read by other code needs inject(..., mode='dense'))"
             )
         self._reach_checked = True
 
