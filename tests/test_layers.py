@@ -115,7 +115,7 @@ def test_new_layers_take_the_arguments_of_the_plain_ones():
         (lambda: LoRALinear.from_linear(nn.Linear(4, 4), rnk=2), "did you mean 'rank'"),
         (
             lambda: LoRAEmbedding.from_embedding(nn.Embedding(5, 4), rank=2, dropout=0.1),
-            "dropout cannot act",
+            "dropout cannot act on the layer",
         ),
     ],
 )
