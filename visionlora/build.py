@@ -147,7 +147,8 @@ def check_dropout(config: AdapterConfig, site: Site, mode: Mode) -> None:
     else:
         return
     raise ConfigError(
-        f"{config.method}: dropout cannot act on {site.module or 'the layer'}, {why}; set dropout=0 or exclude it"
+        f"{config.method}: dropout cannot act on {site.module or 'the layer'}, {why}; "
+        "set dropout=0 or exclude it"
     )
 
 
