@@ -60,8 +60,11 @@ FILES = ("README.md", "docs/index.md", "docs/methods.md", "docs/performance.md")
 def filled(text: str) -> str:
     """Return a page with the content between its table markers made anew."""
     for name, make in TABLES.items():
-        pattern = re.compile(rf"(<!-- table: {name} -->\n).*?(<!-- end -->)", re.DOTALL)
-        text = pattern.sub(lambda found, make=make: f"{found[1]}{make()}\n{found[2]}", text)
+        opening, closing = f"<!-- table: {name} -->\n", "<!-- end -->"
+        if opening in text:
+            before, _, rest = text.partition(opening)
+            _, _, after = rest.partition(closing)
+            text = f"{before}{opening}{make()}\n{closing}{after}"
     return text
 
 

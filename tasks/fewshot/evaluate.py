@@ -31,14 +31,13 @@ CACHE_BYTES = 2 << 30
 
 
 class TestImages:
-    """Test images in batches; unreadable files are left out and remembered, or refused."""
+    """Test images in batches; unreadable files are left out and remembered."""
 
     __test__ = False
 
-    def __init__(self, items: Sequence[Item], transform: Transform, strict: bool = False) -> None:
+    def __init__(self, items: Sequence[Item], transform: Transform) -> None:
         self.items = list(items)
         self.transform = transform
-        self.strict = strict
         self.skipped: list[str] = []
         self._cache: list[tuple[Tensor, Tensor]] | None = None
 
@@ -57,8 +56,6 @@ class TestImages:
                 lambda source: evaluation_pixels(source, self.transform),
             ):
                 if image is None:
-                    if self.strict:
-                        raise DataError(f"unreadable test image {reason}")
                     skipped.append(reason)
                 else:
                     pixels.append(image)

@@ -11,6 +11,7 @@ from tasks.fewshot.classifier import Classifier, adapter_targets
 from tasks.fewshot.config import FewshotConfig
 from tasks.fewshot.datasets import Dataset, for_validation, limited, load_dataset
 from tasks.fewshot.evaluate import Scores, TestImages, harmonic_mean, pick_device, score
+from tasks.fewshot.images import refuse_unreadable
 from tasks.fewshot.sampling import base_and_new
 from tasks.fewshot.shots import Shots, load_shots
 from tasks.fewshot.text import tokenize
@@ -60,7 +61,6 @@ class Experiment:
             self.config.augmentation,
             labels=self.trained_classes,
             short_class=self.config.short_class,
-            strict=self.config.strict,
         )
 
     def score(self) -> Scores:
@@ -81,6 +81,8 @@ def prepare(config: FewshotConfig) -> Experiment:
     device = pick_device(config.device)
     backbone = load_backbone(config.backbone, config.pretrained)
     dataset = load_dataset(config.dataset, config.root)
+    if config.strict:
+        refuse_unreadable([*dataset.train, *dataset.val, *dataset.test])
     if config.test_on == "val":
         dataset = for_validation(dataset)
     limit = config.limit_test or (RANDOM_TEST_IMAGES if backbone.random_weights else None)
@@ -99,7 +101,7 @@ def prepare(config: FewshotConfig) -> Experiment:
         backbone,
         device,
         tokens,
-        TestImages(dataset.test, backbone.transform, config.strict),
+        TestImages(dataset.test, backbone.transform),
     )
     experiment.inject(config.seed[0])
     vl.eject(backbone.clip)

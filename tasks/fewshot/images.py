@@ -18,6 +18,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from tasks.fewshot.sampling import Item
+from visionlora.errors import DataError
 
 Augmentation = Literal["crop", "shift", "none"]
 
@@ -114,6 +115,22 @@ def decode_all(items: Sequence[Item], decode: Any) -> Iterable[tuple[Item, Tenso
 
     with ThreadPoolExecutor(DECODE_THREADS) as pool:
         yield from pool.map(attempt, items)
+
+
+def refuse_unreadable(items: Sequence[Item]) -> None:
+    """Decode every picture once, also those that no run may draw.
+
+    Raises:
+        DataError: naming the first picture that cannot be read.
+    """
+
+    def seen(source: Any) -> Tensor:
+        open_image(source)
+        return torch.empty(0)
+
+    for _, found, reason in decode_all(items, seen):
+        if found is None:
+            raise DataError(f"unreadable image {reason}")
 
 
 def augment_batch(

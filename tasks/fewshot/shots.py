@@ -32,15 +32,14 @@ def load_shots(
     *,
     labels: range | None = None,
     short_class: ShortClass = "keep",
-    strict: bool = False,
 ) -> Shots:
     """Draw the K shots of all classes, and decode those of `labels` (all, unless given).
 
     An unreadable image is replaced by another one of its class, so that the shots stay K where
-    the class has enough; with `strict` it is refused.
+    the class has enough.
 
     Raises:
-        DataError: an unreadable image with `strict`, or a class without any readable one.
+        DataError: a class without any readable image.
     """
     drawn, _ = few_shot(dataset.train, dataset.val, shots, seed, short_class)
     reserve = spares(dataset.train, drawn, seed)
@@ -56,8 +55,6 @@ def load_shots(
             if image is not None:
                 kept.append((item, image))
                 continue
-            if strict:
-                raise DataError(f"unreadable training image {reason}")
             skipped[reason] = None
             if reserve[item.label]:
                 stand_ins.append(reserve[item.label].pop())
