@@ -49,7 +49,10 @@ def test_each_seed_gets_its_own_initial_values():
 
 @pytest.mark.parametrize("method", list_methods())
 def test_every_registered_method_has_a_recipe(method):
-    FewshotConfig(method=method).resolved(TEMPLATES)
+    config = FewshotConfig(method=method).resolved(TEMPLATES)
+    assert config.lr is not None
+    assert config.adapter.get("rank", 1) <= 256
+    assert config.adapter_options(3)["seed"] == 3
 
 
 @pytest.mark.parametrize(
