@@ -155,6 +155,14 @@ def test_an_unknown_adapter_is_named_with_the_nearest(verb):
         verb(build(), "defualt")
 
 
+def test_nothing_is_injected_while_adapters_are_disabled():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    vl.inject(model, "lora", "0", rank=2)
+    with vl.disabled(model), pytest.raises(AdapterStateError, match="leave the"):
+        vl.inject(model, "lora", "1", rank=2, name="second")
+    assert type(model[1]) is nn.Linear
+
+
 def test_merged_and_disabled_end_with_their_block_even_after_an_error(x):
     model = disturb(build()).eval()
     expected = model(x)

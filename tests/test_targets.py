@@ -123,6 +123,15 @@ def test_what_cannot_be_served_is_refused_in_one_line_and_nothing_changes(target
     assert [item.requires_grad for item in model.parameters()] == flags
 
 
+def test_exclude_subtracts_slices():
+    assert names("attn.qkv[q,k]", exclude="attn.qkv[k]") == names("attn.qkv[q]")
+    attention = nn.Sequential(nn.MultiheadAttention(8, 2))
+    (match,) = find_targets(attention, "0[q,out]", exclude="*out_proj")
+    assert match.keys == ("q",)
+    with pytest.raises(TargetError, match="removes none"):
+        names("attn.qkv[q]", exclude="attn.qkv[v]")
+
+
 def test_an_exclusion_must_exclude_something_but_not_everything():
     with pytest.raises(TargetError, match="'nothing'"):
         names("attn.qkv", exclude="nothing")

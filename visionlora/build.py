@@ -54,6 +54,8 @@ def prepare_adapter(
             f"the model already has an adapter named {name!r}; eject it or choose another name"
         )
     refuse_merged(model, "inject")
+    if not all(host.state.enabled for host in hosts_of(model).values()):
+        raise AdapterStateError("adapters are disabled: leave the `with disabled` block first")
     modules = {site.module: model.get_submodule(site.module) for site, _ in plan}
     hosts = {
         path: None if isinstance(module, Host) else choose_host(model, path, module, mode)

@@ -3,7 +3,7 @@
 A pattern is a glob over dotted module names, matched against the full name or any dotted suffix
 (`attn.qkv`, `blocks.1?.mlp.fc*`, `visual.*attn`), or a type (`type:Conv2d`). Brackets select
 slices of a fused projection: `attn.qkv[q,v]`, `proj[0:768]`, `visual.*attn[q,k,v,out]` on
-MultiheadAttention. A list of patterns is a union, `exclude` subtracts.
+MultiheadAttention. A list of patterns is a union, `exclude` subtracts layers or slices.
 
 Nothing is silent: every pattern must match a layer that can carry an adapter. A suffix that matches
 Linear and convolution layers alike means the Linear ones (so `proj` leaves a patch embedding
@@ -61,14 +61,14 @@ def find_targets(
             known = chosen.setdefault(name, [])
             known.extend(key for key in keys if key not in known)
     for pattern in _as_list(exclude):
-        dropped = [name for name in chosen if _matches(name, modules[name], pattern)]
-        if not dropped:
+        dropped = {name: _excluded(name, modules[name], chosen[name], pattern) for name in chosen}
+        if not any(dropped.values()):
             raise TargetError(
                 f"exclude pattern {pattern!r} removes none of the {len(chosen)} targets"
                 f"{nearest(pattern, chosen)}"
             )
-        for name in dropped:
-            del chosen[name]
+        kept = {name: [key for key in chosen[name] if key not in dropped[name]] for name in chosen}
+        chosen = {name: keys for name, keys in kept.items() if keys}
     if not chosen:
         if not _as_list(targets):
             raise TargetError("no target given: name at least one layer")
@@ -76,6 +76,16 @@ def find_targets(
             f"no target left: exclude={exclude!r} removes all that {targets!r} matches"
         )
     return [Match(name, modules[name], tuple(chosen[name])) for name in modules if name in chosen]
+
+
+def _excluded(name: str, module: nn.Module, keys: list[str], pattern: str) -> list[str]:
+    """Return which of a layer's chosen keys an exclude pattern takes out."""
+    glob, slices = _parse(pattern)
+    if _matches(name, module, glob):
+        return [key for key in keys if not slices or key in slices]
+    if isinstance(module, nn.MultiheadAttention) and "out" in keys:
+        return ["out"] if _matches(f"{name}.out_proj", module.out_proj, glob) else []
+    return []
 
 
 def row_range(name: str, out_features: int, key: str) -> tuple[int, int]:

@@ -51,7 +51,6 @@ def test_each_seed_gets_its_own_initial_values():
 def test_every_registered_method_has_a_recipe(method):
     config = FewshotConfig(method=method).resolved(TEMPLATES)
     assert config.lr is not None
-    assert config.adapter.get("rank", 1) <= 256
     assert config.adapter_options(3)["seed"] == 3
 
 
