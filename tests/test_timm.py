@@ -42,21 +42,12 @@ FAMILIES = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def build(family):
     name, options, _ = FAMILIES[family]
     torch.manual_seed(0)
     model = timm.create_model(name, num_classes=5, **options)
-    for (
-        module
-    ) in model.modules():  # some families start with branches at zero, which pass no gradient
+    # Some families start with branches at zero, which pass no gradient.
+    for module in model.modules():
         weight = getattr(module, "weight", None)
         if isinstance(weight, torch.nn.Parameter) and not bool(weight.any()):
             torch.nn.init.ones_(weight)

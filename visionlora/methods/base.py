@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from visionlora.config import AdapterConfig
-from visionlora.sites import Site
+from visionlora.sites import Kind, Site
 
 
 @runtime_checkable
@@ -69,8 +69,8 @@ class Delta(nn.Module):
 
     @property
     def scale(self) -> float:
-        """The constant in front of the factor pair."""
-        return 1.0
+        """The constant s in front of the factor pair; 1 for methods without one."""
+        return float(getattr(self.config, "scale", 1.0))
 
     @property
     def dropout(self) -> float:
@@ -109,3 +109,18 @@ class Delta(nn.Module):
 def uniform(shape: tuple[int, ...], bound: float, generator: torch.Generator) -> Tensor:
     """Return float32 values uniform in `[-bound, bound)` from a CPU generator."""
     return torch.empty(shape).uniform_(-bound, bound, generator=generator)
+
+
+@torch.no_grad()
+def reset_zero_pair(A: Tensor, B: Tensor, kind: Kind, generator: torch.Generator) -> None:
+    """Draw LoRA's pair with a zero product: A uniform in +-1/sqrt(in), B = 0.
+
+    On an Embedding the roles swap, as in the reference implementations: A = 0 and B normal, because
+    A holds one column per token and B is shared by all of them.
+    """
+    if kind == "embedding":
+        A.zero_()
+        B.copy_(torch.empty(B.shape).normal_(generator=generator))
+    else:
+        A.copy_(uniform(tuple(A.shape), A.shape[1] ** -0.5, generator))
+        B.zero_()

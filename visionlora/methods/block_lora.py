@@ -90,11 +90,6 @@ class BlockLoRA(Delta):
         self.A = nn.Parameter(torch.empty(config.rank // self.arms, site.in_features // self.fold))
         self.B = nn.Parameter(torch.empty(site.out_features, config.rank))
 
-    @property
-    def scale(self) -> float:
-        """The factor s with the nominal rank."""
-        return self.options.scale
-
     @torch.no_grad()
     def reset_parameters(self, weight: Float[Tensor, "out in"], generator: torch.Generator) -> None:
         """Draw A_0 with the full input as fan-in, set all arms to zero."""

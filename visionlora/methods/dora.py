@@ -25,7 +25,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from visionlora.config import LowRankConfig
-from visionlora.methods.base import Delta, Layer, Shared, uniform
+from visionlora.methods.base import Delta, Layer, Shared, reset_zero_pair
 from visionlora.registry import register
 from visionlora.sites import Site
 
@@ -48,20 +48,10 @@ class DoRA(Delta):
         self.B = nn.Parameter(torch.empty(site.out_features, config.rank))
         self.magnitude = nn.Parameter(torch.empty(site.out_features))
 
-    @property
-    def scale(self) -> float:
-        """The factor s."""
-        return self.options.scale
-
     @torch.no_grad()
     def reset_parameters(self, weight: Float[Tensor, "out in"], generator: torch.Generator) -> None:
         """Draw the factors as LoRA does, set m to the row norms of the frozen weight."""
-        if self.kind == "embedding":
-            self.A.zero_()
-            self.B.copy_(torch.empty(self.B.shape).normal_(generator=generator))
-        else:
-            self.A.copy_(uniform(tuple(self.A.shape), self.A.shape[1] ** -0.5, generator))
-            self.B.zero_()
+        reset_zero_pair(self.A, self.B, self.kind, generator)
         self.magnitude.copy_(_at_least_float(weight).norm(dim=1))
 
     def delta(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:

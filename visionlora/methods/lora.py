@@ -20,7 +20,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from visionlora.config import LowRankConfig
-from visionlora.methods.base import Delta, Shared, uniform
+from visionlora.methods.base import Delta, Shared, reset_zero_pair
 from visionlora.registry import register, register_preset
 from visionlora.sites import Site
 
@@ -46,11 +46,6 @@ class LoRA(Delta):
         self.B = nn.Parameter(torch.empty(site.out_features, config.rank))
 
     @property
-    def scale(self) -> float:
-        """The factor s = alpha / r, or alpha / sqrt(r) for rsLoRA."""
-        return self.options.scale
-
-    @property
     def zero_at_init(self) -> bool:  # type: ignore[override]
         """Whether the change starts at zero."""
         return self.options.init == "zero"
@@ -61,12 +56,8 @@ class LoRA(Delta):
         if self.options.init == "normal":
             self.A.copy_(torch.empty(self.A.shape).normal_(0.0, 0.02, generator=generator))
             self.B.copy_(torch.empty(self.B.shape).normal_(0.0, 0.02, generator=generator))
-        elif self.kind == "embedding":
-            self.A.zero_()
-            self.B.copy_(torch.empty(self.B.shape).normal_(generator=generator))
         else:
-            self.A.copy_(uniform(tuple(self.A.shape), self.A.shape[1] ** -0.5, generator))
-            self.B.zero_()
+            reset_zero_pair(self.A, self.B, self.kind, generator)
 
     def factors(self) -> tuple[Float[Tensor, "out rank"], Float[Tensor, "rank in"]]:
         """Return `(B, A)`."""

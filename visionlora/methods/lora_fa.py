@@ -39,11 +39,6 @@ class LoRAFA(Delta):
         self.register_buffer("A", torch.empty(config.rank, site.in_features), persistent=False)
         self.B = nn.Parameter(torch.empty(site.out_features, config.rank))
 
-    @property
-    def scale(self) -> float:
-        """The factor s."""
-        return self.options.scale
-
     @torch.no_grad()
     def reset_parameters(self, weight: Float[Tensor, "out in"], generator: torch.Generator) -> None:
         """Draw A, set B to zero."""

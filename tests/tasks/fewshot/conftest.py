@@ -9,8 +9,6 @@ import open_clip
 import pytest
 from PIL import Image
 
-from tasks.fewshot.evaluate import threads
-
 
 def _write_images(folder: Path, count: int, size: tuple[int, int] = (24, 20)) -> None:
     """Write small pictures of noise, JPEG and PNG in turn."""
@@ -19,13 +17,6 @@ def _write_images(folder: Path, count: int, size: tuple[int, int] = (24, 20)) ->
     for index in range(count):
         pixels = rng.integers(0, 255, (*size, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(folder / f"{index:03d}.{'jpg' if index % 2 else 'png'}")
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Models this small only lose time to several threads."""
-    with threads(1):
-        yield
 
 
 @pytest.fixture
