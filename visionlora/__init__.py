@@ -15,6 +15,7 @@ from visionlora.api import (
 )
 from visionlora.config import AdapterConfig
 from visionlora.errors import VisionLoraError
+from visionlora.groups import parameter_groups
 from visionlora.io.inspect import AdapterInfo, inspect
 from visionlora.io.native import adapter_state_dict, load, load_adapter_state_dict, save
 from visionlora.io.peft import export
@@ -41,6 +42,7 @@ __all__ = [
     "merge",
     "merged",
     "methods",
+    "parameter_groups",
     "save",
     "set_scale",
     "summary",

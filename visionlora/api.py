@@ -57,7 +57,7 @@ def inject(
         AdapterStateError: the name is taken, or the model is merged.
     """
     config = _as_config(method, options)
-    matches = find_targets(model, targets, exclude)
+    matches = find_targets(model, targets, exclude, config.kinds)
     sites = [describe(match.name, match.module, key) for match in matches for key in match.keys]
     adapter = prepare_adapter(model, [(site, config) for site in sites], name=name, mode=mode)
     return install(model, adapter, freeze=freeze)
@@ -74,6 +74,7 @@ def eject(model: nn.Module, *, merge: bool = False) -> nn.Module:
     """
     hosts = _hosts(model)
     if merge:
+        _refuse_routed(hosts)
         _refuse_tied(model, hosts)
     reopen_shortcuts(model)
     for host in hosts.values():
@@ -101,6 +102,7 @@ def merge(model: nn.Module) -> nn.Module:
     """
     hosts = _hosts(model)
     refuse_merged(model, "merge again")
+    _refuse_routed(hosts)
     _refuse_tied(model, hosts)
     for host in hosts.values():
         host.merge()
@@ -239,6 +241,17 @@ def _hosts(model: nn.Module) -> dict[str, Host]:
             f"this {type(model).__name__} has no adapter; call inject or load first"
         )
     return hosts
+
+
+def _refuse_routed(hosts: dict[str, Host]) -> None:
+    """Refuse to merge a change that depends on the input."""
+    for path, host in hosts.items():
+        for slot in host.all_slots():
+            if not slot.delta.mergeable:
+                raise AdapterStateError(
+                    f"{slot.delta.config.method} at {path or 'the layer'} routes by input, so it "
+                    "cannot be merged; see its documentation for an averaged export"
+                )
 
 
 def _refuse_tied(model: nn.Module, hosts: dict[str, Host]) -> None:

@@ -68,9 +68,14 @@ def prepare_adapter(
                 "too"
             )
     for site, config in plan:
+        config.check_kind(site)
         config.check_site(site)
         chosen = hosts[site.module]
-        check_dropout(config, site, chosen[1] if chosen else _host(modules[site.module]).state.mode)
+        used = chosen[1] if chosen else _host(modules[site.module]).state.mode
+        check_dropout(config, site, used)
+        _check_routed(config, site, used)
+    for config in dict.fromkeys(config for _, config in plan):
+        config.check_plan([site for site, other in plan if other == config])
     shared = _build_shared(plan)
     if shared is not None:
         site = plan[0][0]
@@ -152,6 +157,15 @@ def check_dropout(config: AdapterConfig, site: Site, mode: Mode) -> None:
         f"{config.method}: dropout cannot act on {site.module or 'the layer'}, {why}; "
         "set dropout=0 or exclude it"
     )
+
+
+def _check_routed(config: AdapterConfig, site: Site, mode: Mode) -> None:
+    """Refuse a change that depends on the input where the layer's weight is read as a matrix."""
+    if mode == "dense" and not get_method(config.method).delta.mergeable:
+        raise ConfigError(
+            f"{config.method} routes by input, so it cannot act on {site.module or 'the layer'}, "
+            "whose weight is read directly (dense mode); exclude it"
+        )
 
 
 def _host(module: nn.Module) -> Host:

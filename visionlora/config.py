@@ -21,6 +21,8 @@ class AdapterConfig:
 
     method: ClassVar[str] = ""
     """Registered name, set by the subclass."""
+    kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv", "embedding"})
+    """Kinds of site that the method can serve."""
 
     seed: int = 0
     """Seed of every random tensor of the adapter; combined with the site's name."""
@@ -29,8 +31,19 @@ class AdapterConfig:
         """Check the types of all fields."""
         check_fields(self)
 
+    def check_kind(self, site: Site) -> None:
+        """Refuse a kind of layer that the method does not serve."""
+        if site.kind not in self.kinds:
+            raise ConfigError(
+                f"{self.method} cannot serve {site.name or 'the layer'}, a {site.kind} layer; it "
+                f"serves {', '.join(sorted(self.kinds))}"
+            )
+
     def check_site(self, site: Site) -> None:
         """Raise `ConfigError` if this configuration cannot serve `site`."""
+
+    def check_plan(self, sites: list[Site]) -> None:
+        """Raise `ConfigError` if this configuration cannot serve all of `sites` together."""
 
     def meaning(self) -> dict[str, Any]:
         """Return the options without which trained values are another function.

@@ -17,6 +17,7 @@ from visionlora.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
     from visionlora.methods.base import Delta, Shared
+    from visionlora.ranks.controller import Controller
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,8 @@ class Method:
     config: type[AdapterConfig]
     delta: "type[Delta]"
     shared: "type[Shared] | None"
+    controller: "type[Controller] | None" = None
+    """Training-time policy that `training.fit` adds by itself."""
 
     @property
     def documentation(self) -> str:
@@ -54,10 +57,13 @@ _PRESETS: dict[str, Preset] = {}
 
 
 def register(
-    config: type[AdapterConfig], delta: "type[Delta]", shared: "type[Shared] | None" = None
+    config: type[AdapterConfig],
+    delta: "type[Delta]",
+    shared: "type[Shared] | None" = None,
+    controller: "type[Controller] | None" = None,
 ) -> None:
     """Add a method under `config.method`."""
-    _METHODS[config.method] = Method(config.method, config, delta, shared)
+    _METHODS[config.method] = Method(config.method, config, delta, shared, controller)
 
 
 def register_preset(name: str, method: str, summary: str, **options: Any) -> None:

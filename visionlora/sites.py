@@ -5,6 +5,7 @@
 | Linear | `weight` | optional: one projection of a fused layer |
 | Conv2d | `weight.reshape(out, in/groups * kh * kw)` | optional |
 | Embedding | `weight.T`, so `out` is the width and `in` the vocabulary | - |
+| LayerNorm, GroupNorm, BatchNorm2d, RMSNorm | `weight.reshape(d, 1)` | - |
 | MultiheadAttention | `q`, `k`, `v` rows of `in_proj_weight` (or the three weights), `out` |
 implied |
 """
@@ -15,7 +16,7 @@ from typing import Literal
 
 import torch
 
-Kind = Literal["linear", "conv", "embedding"]
+Kind = Literal["linear", "conv", "embedding", "norm"]
 
 WHOLE = "weight"
 """Key of a site that covers the whole weight."""
@@ -39,6 +40,8 @@ class Site:
     """Row range inside the stored weight, or None for all of it."""
     groups: int = 1
     """Convolution groups."""
+    bias: bool = False
+    """Whether the layer has a bias."""
 
     @property
     def name(self) -> str:

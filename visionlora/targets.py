@@ -19,13 +19,18 @@ from typing import cast
 from torch import Tensor, nn
 
 from visionlora.errors import TargetError, nearest
+from visionlora.sites import Kind
 
-SUPPORTED: tuple[type[nn.Module], ...] = (
-    nn.Linear,
-    nn.Conv2d,
-    nn.Embedding,
-    nn.MultiheadAttention,
-)
+Layers = tuple[type[nn.Module], ...]
+LAYERS: dict[Kind, Layers] = {
+    "linear": (nn.Linear, nn.MultiheadAttention),
+    "conv": (nn.Conv2d,),
+    "embedding": (nn.Embedding,),
+    "norm": (nn.LayerNorm, nn.GroupNorm, nn.BatchNorm1d, nn.BatchNorm2d, nn.RMSNorm),
+}
+"""Types of layer by kind of site."""
+WEIGHTS: frozenset[str] = frozenset({"linear", "conv", "embedding"})
+"""Kinds that low-rank methods serve."""
 ATTENTION_SLICES = ("q", "k", "v", "out")
 # Order of the projections inside a fused weight, by the last part of the layer's name.
 FUSED_ORDER = {"kv": ("k", "v")}
@@ -44,20 +49,24 @@ class Match:
 
 
 def find_targets(
-    model: nn.Module, targets: str | Sequence[str], exclude: str | Sequence[str] = ()
+    model: nn.Module,
+    targets: str | Sequence[str],
+    exclude: str | Sequence[str] = (),
+    kinds: frozenset[str] = WEIGHTS,
 ) -> list[Match]:
-    """Resolve target patterns to layers, in module order.
+    """Resolve target patterns to layers of the given kinds, in module order.
 
     Raises:
         TargetError: a pattern is malformed, matches nothing, or matches only layers that cannot
             carry an adapter; the message names the nearest module names.
     """
     modules = dict(model.named_modules())
-    if isinstance(model, SUPPORTED):  # the model is itself a layer; its only name is empty
+    supported = tuple(item for kind in LAYERS if kind in kinds for item in LAYERS[kind])
+    if isinstance(model, supported):  # the model is itself a layer; its only name is empty
         modules = {"": model, **modules}
     chosen: dict[str, list[str]] = {}
     for pattern in _as_list(targets):
-        for name, keys in _resolve(modules, pattern).items():
+        for name, keys in _resolve(modules, pattern, supported).items():
             known = chosen.setdefault(name, [])
             known.extend(key for key in keys if key not in known)
     for pattern in _as_list(exclude):
@@ -162,13 +171,15 @@ def _suffixes(name: str) -> Iterable[str]:
     return (".".join(parts[start:]) for start in range(len(parts)))
 
 
-def _resolve(modules: dict[str, nn.Module], pattern: str) -> dict[str, tuple[str, ...]]:
+def _resolve(
+    modules: dict[str, nn.Module], pattern: str, supported: Layers
+) -> dict[str, tuple[str, ...]]:
     """Return `{layer name: keys}` of one pattern."""
     glob, keys = _parse(pattern)
     matched = {name: module for name, module in modules.items() if _matches(name, module, glob)}
-    usable = {name: module for name, module in matched.items() if isinstance(module, SUPPORTED)}
+    usable = {name: module for name, module in matched.items() if isinstance(module, supported)}
     if not usable:
-        raise TargetError(_refusal(modules, matched, pattern, glob))
+        raise TargetError(_refusal(modules, matched, pattern, glob, supported))
     if not glob.startswith("type:"):
         linear = {name for name, module in usable.items() if not isinstance(module, nn.Conv2d)}
         exact = {name for name in usable if fnmatch.fnmatchcase(name, glob)}
@@ -181,14 +192,14 @@ def _resolve(modules: dict[str, nn.Module], pattern: str) -> dict[str, tuple[str
                 for name in matched
                 if name not in usable
                 and not list(matched[name].children())
-                and not isinstance(matched[name], SUPPORTED)
+                and not isinstance(matched[name], supported)
             ),
             None,
         )
         if literal and foreign is not None:
             raise TargetError(
                 f"target {pattern!r} matches {foreign}, a {type(modules[foreign]).__name__}, which "
-                f"cannot carry an adapter; supported: {_supported_names()}"
+                f"cannot carry an adapter; supported: {_names(supported)}"
             )
     result: dict[str, tuple[str, ...]] = {}
     for name, module in usable.items():
@@ -220,6 +231,8 @@ def _keys_of(
     if keys and isinstance(module, nn.Embedding):
         raise TargetError(f"{name} is an Embedding, which has no slices, got {list(keys)}")
     weight = cast(Tensor, module.weight)
+    if keys and isinstance(module, LAYERS["norm"]):
+        raise TargetError(f"{name} is a norm, which has no slices, got {list(keys)}")
     for key in keys:
         row_range(name, weight.shape[0], key)
         fused = "kv" in name.rpartition(".")[2].lower() or weight.shape[0] != weight[0].numel()
@@ -231,20 +244,24 @@ def _keys_of(
     return name, keys or ("weight",)
 
 
-def _supported_names() -> str:
-    return ", ".join(kind.__name__ for kind in SUPPORTED)
+def _names(supported: Layers) -> str:
+    return ", ".join(kind.__name__ for kind in supported)
 
 
 def _refusal(
-    modules: dict[str, nn.Module], matched: dict[str, nn.Module], pattern: str, glob: str
+    modules: dict[str, nn.Module],
+    matched: dict[str, nn.Module],
+    pattern: str,
+    glob: str,
+    supported: Layers,
 ) -> str:
     if matched:
         name, module = next(iter(matched.items()))
         return (
             f"target {pattern!r} matches {name or 'the model'}, a {type(module).__name__}, which "
-            f"cannot carry an adapter; supported: {_supported_names()}"
+            f"cannot carry an adapter; supported: {_names(supported)}"
         )
-    usable = [name for name, module in modules.items() if isinstance(module, SUPPORTED)]
+    usable = [name for name, module in modules.items() if isinstance(module, supported)]
     if glob.startswith("type:"):
         kinds = dict.fromkeys(type(modules[name]).__name__ for name in usable)
         here = ", ".join(kinds) or "none"

@@ -128,12 +128,16 @@ class Host:
         """Add the active changes to the weights, rounding once, and keep copies for `unmerge`."""
         slots = self.all_slots()
         changes = []
+        biases = []
         for slot in slots:  # in full precision, even where autocast is on
             with torch.autocast(self.view(slot.key).device.type, enabled=False):
                 changes.append((slot.key, self.change(slot)))
+                shift = slot.delta.bias_change()
+                if shift is not None:
+                    biases.append((slot.key, slot.strength * shift))
         self.state.originals = {}
-        for slot in slots:
-            name = parameter_name(self, slot.key)
+        names = [parameter_name(self, slot.key) for slot in slots]
+        for name in names + [bias_name(self, key) for key, _ in biases]:
             if name not in self.state.originals:
                 self.state.originals[name] = stored(self, name).detach().clone()
         for key, change in changes:
@@ -142,6 +146,9 @@ class Host:
             if weight.dtype in (torch.float16, torch.bfloat16):
                 _warn_of_lost_change(self.plain_class.__name__, weight, merged, change)
             self.store(key, merged)
+        for key, shift in biases:
+            bias = rows_of(stored(self, bias_name(self, key)), bias_rows(self, self.site(key)))
+            bias.copy_((bias.to(shift.dtype) + shift).to(bias.dtype))
         self.refresh()
 
     @torch.no_grad()
@@ -230,6 +237,21 @@ def parameter_name(module: Any, key: str) -> str:
     return "in_proj_weight" if module._qkv_same_embed_dim else f"{key}_proj_weight"
 
 
+def bias_name(module: Any, key: str) -> str:
+    """Return the name of the stored bias of a site, relative to the layer."""
+    if not isinstance(module, nn.MultiheadAttention):
+        return "bias"
+    return "out_proj.bias" if key == "out" else "in_proj_bias"
+
+
+def bias_rows(module: Any, site: Site) -> tuple[int, int] | None:
+    """Return the entries of the stored bias that a site covers."""
+    if isinstance(module, nn.MultiheadAttention) and site.key != "out":
+        start = "qkv".index(site.key) * module.embed_dim
+        return start, start + module.embed_dim
+    return site.rows
+
+
 def stored(module: Any, name: str) -> Tensor:
     """Return a parameter by its dotted name, bypassing properties of the swapped class."""
     *path, leaf = name.split(".")
@@ -245,7 +267,10 @@ def rows_of(weight: Tensor, rows: tuple[int, int] | None) -> Tensor:
 
 def view_of(weight: Tensor, site: Site) -> Tensor:
     """Return a stored weight as the site's `(out, in)` view."""
-    return weight.t() if site.kind == "embedding" else rows_of(weight, site.rows).flatten(1)
+    if site.kind == "embedding":
+        return weight.t()
+    rows = rows_of(weight, site.rows)
+    return rows[:, None] if site.kind == "norm" else rows.flatten(1)
 
 
 def _blank(host: type[Host], plain: type[nn.Module]) -> nn.Module:

@@ -23,7 +23,7 @@ from visionlora.hosts.dense import DenseHost
 from visionlora.hosts.embedding import EmbeddingHost
 from visionlora.hosts.linear import LinearHost
 from visionlora.sites import Kind, Site
-from visionlora.targets import row_range
+from visionlora.targets import LAYERS, row_range
 
 # The class whose forward each host replaces.
 _HOSTS: dict[type[nn.Module], tuple[type[Host], Kind]] = {
@@ -31,6 +31,7 @@ _HOSTS: dict[type[nn.Module], tuple[type[Host], Kind]] = {
     nn.Conv2d: (ConvHost, "conv"),
     nn.Embedding: (EmbeddingHost, "embedding"),
     nn.MultiheadAttention: (AttentionHost, "linear"),
+    **dict.fromkeys(LAYERS["norm"], (DenseHost, "norm")),
 }
 # Reads of `.weight` that do not use its values.
 _HARMLESS = frozenset({"dtype", "device", "shape", "size", "requires_grad", "numel", "ndim", "dim"})
@@ -53,7 +54,11 @@ def choose_host(
                 f"{name} is a {type(module).__name__}, whose own forward cannot carry an adapter"
             )
         return AttentionHost, mode
-    reason = f"{type(module).__name__} has its own forward" if own_forward else read_by(model, name)
+    if _HOSTS[base][0] is DenseHost:
+        reason = f"a {type(module).__name__} has no factor path"
+    else:
+        own = f"{type(module).__name__} has its own forward"
+        reason = own if own_forward else read_by(model, name)
     if reason and mode == "factored":
         raise TargetError(f"{name} cannot use mode 'factored': {reason}; use 'auto' or 'dense'")
     if reason or mode == "dense":
@@ -71,11 +76,15 @@ def describe(name: str, module: nn.Module, key: str) -> Site:
     if isinstance(module, nn.MultiheadAttention):
         return _describe_attention(name, module, key)
     weight = cast("Tensor | None", module._parameters.get("weight"))
-    if weight is None or is_lazy(weight) or weight.dim() < 2 or not weight.is_floating_point():
+    least = 1 if kind == "norm" else 2
+    if weight is None or is_lazy(weight) or weight.dim() < least or not weight.is_floating_point():
         raise TargetError(
             f"{name or 'the layer'} ({type(module).__name__}) has no floating-point weight "
             "parameter: quantised, parametrised and lazy layers cannot carry an adapter"
         )
+    bias = cast("Tensor | None", module._parameters.get("bias")) is not None
+    if kind == "norm":
+        return Site(name, key, kind, weight.numel(), 1, bias=bias)
     if isinstance(module, nn.Embedding):
         if module.max_norm is not None:
             layer = name or "the layer"
@@ -86,24 +95,25 @@ def describe(name: str, module: nn.Module, key: str) -> Site:
     groups = int(module.groups) if isinstance(module, nn.Conv2d) else 1
     columns = weight[0].numel()
     if key == "weight":
-        return Site(name, key, kind, weight.shape[0], columns, None, groups)
+        return Site(name, key, kind, weight.shape[0], columns, None, groups, bias)
     if groups != 1:
         raise TargetError(
             f"{name} is a grouped convolution, whose rows cannot be sliced, got [{key}]"
         )
     start, stop = row_range(name, weight.shape[0], key)
-    return Site(name, key, kind, stop - start, columns, (start, stop))
+    return Site(name, key, kind, stop - start, columns, (start, stop), bias=bias)
 
 
 def _describe_attention(name: str, module: nn.MultiheadAttention, key: str) -> Site:
     width = module.embed_dim
+    bias = module.in_proj_bias is not None  # of all four projections, or of none
     if key == "out":
-        return Site(name, key, "linear", width, width)
+        return Site(name, key, "linear", width, width, bias=bias)
     if module._qkv_same_embed_dim:
         start = {"q": 0, "k": 1, "v": 2}[key] * width
-        return Site(name, key, "linear", width, width, (start, start + width))
+        return Site(name, key, "linear", width, width, (start, start + width), bias=bias)
     columns = {"q": width, "k": module.kdim, "v": module.vdim}[key]
-    return Site(name, key, "linear", width, cast(int, columns))
+    return Site(name, key, "linear", width, cast(int, columns), bias=bias)
 
 
 def read_by(model: nn.Module, name: str) -> str:

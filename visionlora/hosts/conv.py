@@ -16,11 +16,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from visionlora.hosts.base import Host, Slot, rows_of
-from visionlora.hosts.linear import dense_is_cheaper, output_change, with_changes
+from visionlora.hosts.linear import (
+    dense_is_cheaper,
+    output_change,
+    with_bias_changes,
+    with_changes,
+)
+from visionlora.sites import Kind
 
 
 class ConvLayer:
     """The operators of a convolution (see `visionlora.methods.base.Layer`)."""
+
+    kind: Kind = "conv"
+    channels: int = -3
 
     def __init__(self, conv: nn.Conv2d, weight: Tensor) -> None:
         self.conv = conv
@@ -68,11 +77,14 @@ class ConvHost(Host):
         plain = ConvLayer(conv, self.weight.flatten(1))
         if not self.slots:
             return plain.full(x, self.weight, self.bias)
+        bias = with_bias_changes(self.bias, self.slots)
         dense: list[Slot] = []
         thin: list[Slot] = []
         positions = x.numel() // (x.shape[-3] * conv.stride[0] * conv.stride[1])
         for slot in self.slots:
-            factors = slot.delta.factors()
+            factors = None if slot.delta.update is not None else slot.delta.factors()
+            if factors is not None and factors[0].shape[1] == 0:  # rank 0: nothing to add
+                continue
             drops = self.training and slot.delta.dropout > 0
             cheap = factors is None or (
                 self.state.mode == "auto"
@@ -87,7 +99,7 @@ class ConvHost(Host):
             kernel = with_changes(plain.weight, dense).reshape(self.weight.shape)
         # A method that rescales the output must see it without bias and without other changes.
         rewrites = any(slot.delta.update is not None for slot in thin)
-        y = plain.full(x, kernel, None if rewrites else self.bias)
+        y = plain.full(x, kernel, None if rewrites else bias)
         base = plain.full(x, self.weight) if rewrites and dense else y
         for slot in thin:
             start, stop = slot.rows or (0, conv.out_channels)
@@ -95,6 +107,6 @@ class ConvHost(Host):
             part = output_change(base.narrow(-3, start, stop - start), x, slot, layer)
             whole = stop - start == conv.out_channels
             y = y + (part if whole else F.pad(part, (0, 0, 0, 0, start, conv.out_channels - stop)))
-        if rewrites and self.bias is not None:
-            y = y + self.bias[:, None, None].to(y.dtype)
+        if rewrites and bias is not None:
+            y = y + bias[:, None, None].to(y.dtype)
         return y

@@ -12,10 +12,14 @@ from torch import Tensor, nn
 
 from visionlora.hosts.base import Host
 from visionlora.hosts.linear import output_change
+from visionlora.sites import Kind
 
 
 class EmbeddingLayer:
     """The operators of an embedding (see `visionlora.methods.base.Layer`)."""
+
+    kind: Kind = "embedding"
+    channels: int = -1
 
     def __init__(self, weight: Tensor) -> None:
         self.weight = weight

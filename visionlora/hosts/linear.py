@@ -1,22 +1,28 @@
 """Linear layers, whole or in row slices, and the linear rule that attention shares.
 
 `adapted_linear` picks the cheapest exact path for the active changes of one weight: the fused
-factor path, the dense path where the formula says that forming the change is cheaper, or a method's
-own `update`.
+factor path, the dense path where the formula says that forming the change is cheaper, a
+transformation of the input, or a method's own `update`.
 """
 
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
+import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from visionlora.hosts.base import Host, Mode, Slot, rows_of
-from visionlora.methods.base import Layer
-from visionlora.ops import Branch, lora_linear
+from visionlora.methods.base import Delta, Layer
+from visionlora.ops import Branch, Change, changed_weight, dense_linear, lora_linear
+from visionlora.sites import Kind
 
 
 class LinearLayer:
     """The operators of a linear layer (see `visionlora.methods.base.Layer`)."""
+
+    kind: Kind = "linear"
+    channels: int = -1
 
     def __init__(self, weight: Tensor, training: bool) -> None:
         self.weight = weight
@@ -62,35 +68,38 @@ def adapted_linear(
     mode: Mode = "auto",
 ) -> Tensor:
     """Return `x W^T + b` plus the changes in `slots`, whose rows refer to `weight`."""
-    dense, factored, updating = [], [], []
-    tokens = x.numel() // x.shape[-1]
-    for slot in slots:
-        if slot.delta.update is not None and mode != "dense":
-            updating.append(slot)
-            continue
-        factors = None if mode == "dense" else slot.delta.factors()
-        drops = training and slot.delta.dropout > 0
-        if factors is None or (
-            mode == "auto"
-            and not drops
-            and dense_is_cheaper(factors, rows_of(weight, slot.rows), tokens)
-        ):
-            dense.append(slot)
-        else:
-            factored.append((slot, Branch(*factors, slot.scale, slot.rows)))
-    if updating:
+    bias = with_bias_changes(bias, slots)
+    if mode != "dense" and any(slot.delta.update is not None for slot in slots):
         return _with_updates(x, weight, bias, slots, training)
-    effective = weight if not dense else with_changes(weight, dense)
-    if not factored:
-        return F.linear(x, effective, bias)
+    if mode != "dense" and _rotates(slots):
+        return F.linear(_rotated(x, slots[0]), weight, bias)
+    tokens = x.numel() // x.shape[-1]
+    changes: list[Change] = []
     # Branches with the same fold and dropout share one input, one product and one saved tensor.
     groups: dict[tuple[int, float], list[Branch]] = {}
-    for slot, branch in factored:
-        groups.setdefault((slot.delta.fold, slot.delta.dropout if training else 0.0), []).append(
-            branch
-        )
+    for slot in slots:
+        factors = slot.delta.factors()
+        drop = slot.delta.dropout if training else 0.0
+        if factors is None:
+            changes.append(dense_change(slot))
+        elif factors[0].shape[1] == 0:  # rank 0: nothing to add
+            continue
+        elif mode == "dense" or (
+            mode == "auto"
+            and not drop
+            and dense_is_cheaper(factors, rows_of(weight, slot.rows), tokens)
+        ):
+            changes.append(Change(partial(_product, fold=slot.delta.fold), factors, *_place(slot)))
+        else:
+            branch = Branch(*factors, *_place(slot))
+            groups.setdefault((slot.delta.fold, drop), []).append(branch)
+    if not groups:
+        return dense_linear(x, weight, bias, changes) if changes else F.linear(x, weight, bias)
+    if changes:
+        own = [change.tensors for change in changes]
+        weight = changed_weight(weight, changes, own)
     (first, branches), *others = groups.items()
-    y = lora_linear(x, effective, bias, branches, _branch_input(x, *first))
+    y = lora_linear(x, weight, bias, branches, _branch_input(x, *first))
     for key, more in others:
         z = _branch_input(x, *key)
         for branch in more:
@@ -99,6 +108,71 @@ def adapted_linear(
                 branch.scale * F.linear(h, branch.up.to(y.dtype)), branch.rows, y.shape[-1]
             )
     return y
+
+
+def dense_change(slot: Slot) -> Change:
+    """Return the change of a slot as a pure function of the tensors it is made of."""
+    delta = slot.delta
+    modules = {"delta": delta, **{f"shared_{i}": item for i, item in enumerate(delta.shared)}}
+    named = [
+        (f"{prefix}.{name}", tensor)
+        for prefix, module in modules.items()
+        for name, tensor in module.named_parameters()
+    ]
+    names = [name for name, _ in named]
+    tensors = tuple(tensor for _, tensor in named)
+    return Change(partial(_delta_of, modules, names), tensors, slot.strength, slot.rows)
+
+
+def _delta_of(
+    modules: dict[str, nn.Module], names: list[str], weight: Tensor, *tensors: Tensor
+) -> Tensor:
+    """Evaluate the definition with other tensors in place of the parameters."""
+    bound = _Bound(modules)
+    values = dict(zip(names, tensors, strict=True))
+    return cast(Tensor, torch.func.functional_call(bound, values, (weight,)))
+
+
+class _Bound(nn.Module):
+    """A Delta and what it shares, so that all their parameters can be swapped at once."""
+
+    def __init__(self, modules: dict[str, nn.Module]) -> None:
+        super().__init__()
+        for name, module in modules.items():
+            self.add_module(name, module)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return cast(Delta, self.delta).delta(weight)
+
+
+def _product(weight: Tensor, up: Tensor, down: Tensor, *, fold: int) -> Tensor:
+    """The dense change of a factor pair, without its scale."""
+    return up @ (down if fold == 1 else down.repeat(1, fold))
+
+
+def _place(slot: Slot) -> tuple[float, tuple[int, int] | None]:
+    return slot.scale, slot.rows
+
+
+def _rotates(slots: tuple[Slot, ...]) -> bool:
+    """Whether one transformation of the input is all there is."""
+    return len(slots) == 1 and slots[0].delta.rotate is not None and slots[0].rows is None
+
+
+def _rotated(x: Tensor, slot: Slot) -> Tensor:
+    """Transform the input at the slot's strength: `W (x + s (R x - x))`."""
+    rotated = slot.delta.rotate(x)
+    return rotated if slot.strength == 1.0 else x + slot.strength * (rotated - x)
+
+
+def with_bias_changes(bias: Tensor | None, slots: tuple[Slot, ...]) -> Tensor | None:
+    """Return the bias plus the changes of the slots, whose rows refer to it."""
+    for slot in slots:
+        change = slot.delta.bias_change()
+        if change is not None and bias is not None:
+            change = (slot.strength * change).to(bias.dtype)
+            bias = bias + padded(change, slot.rows, bias.shape[0])
+    return bias
 
 
 def dense_is_cheaper(
@@ -119,7 +193,8 @@ def with_changes(weight: Tensor, slots: list[Slot]) -> Tensor:
     """Return the weight `(out, in)` with the dense changes of the slots added to their rows."""
     result = weight
     for slot in slots:
-        change = (slot.strength * slot.delta.delta(rows_of(weight, slot.rows))).to(weight.dtype)
+        change = slot.strength * slot.delta.delta(rows_of(weight, slot.rows))
+        change = change.to(weight.dtype)
         result = result + padded(change.t(), slot.rows, weight.shape[0]).t()
     return result
 

@@ -7,18 +7,24 @@ and is tested against that definition:
 * `factors()`: the change as `scale * up @ down`; hosts then never form it.
 * `fold = n`: the change has n equal column blocks, `scale * up @ [down ... down]`, so a host may
   add the n input slices first and multiply once.
-* `update(y, x, layer)`: for paths that are neither, such as DoRA's rescaled output.
+* `rotate(x)`: the change as a transformation of the input, `(W + delta(W)) x = W rotate(x)`.
+* `update(y, x, layer)`: for paths that are none of these, such as DoRA's rescaled output.
+
+A routed method depends on the input: it has only `update`, sets `mergeable = False`, and cannot be
+merged, read as a weight, or exported.
 
 A Delta knows nothing of devices, dtypes, quantisation, merging or files: hosts and io own those.
 """
 
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from collections.abc import Mapping
+from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from visionlora.config import AdapterConfig
+from visionlora.errors import AdapterStateError
 from visionlora.sites import Kind, Site
 
 
@@ -28,6 +34,10 @@ class Layer(Protocol):
 
     weight: Tensor
     """The site's frozen weight as a 2-D view `(out, in)`."""
+    kind: Kind
+    """Which layer this is."""
+    channels: int
+    """Dimension of the features in the output and in the result of `down`."""
 
     def down(self, x: Tensor, matrix: Tensor) -> Tensor:
         """Apply `(r, in)` to the layer's input; the result has the layer's spatial shape."""
@@ -42,8 +52,22 @@ class Layer(Protocol):
         """Drop input entries while training; the identity otherwise."""
 
 
+class Group(NamedTuple):
+    """How one parameter is optimised, relative to the learning rate of the run."""
+
+    lr: float = 1.0
+    """Multiplier of the learning rate."""
+    decay: bool = True
+    """Whether weight decay applies."""
+
+
 class Shared(nn.Module):
     """Model-level state of one adapter, built from all its sites before any Delta."""
+
+    depends_on_all_sites: ClassVar[bool] = False
+    """The numbers of a site depend on which other sites there are."""
+    groups: ClassVar[Mapping[str, Group]] = {}
+    """How its parameters are optimised, by name; what is missing follows the run."""
 
     def __init__(self, config: Any, sites: list[Site]) -> None:
         super().__init__()
@@ -52,12 +76,27 @@ class Shared(nn.Module):
         """Seeded tensors that files fingerprint instead of storing."""
         return {}
 
+    def penalty(self) -> Tensor | None:
+        """Return a term that is added to the training loss, or None."""
+        return None
+
+    @staticmethod
+    def parameter_count(config: Any, sites: list[Site]) -> int:
+        """Return the number of trained scalars in closed form."""
+        return 0
+
 
 class Delta(nn.Module):
     """The change of one site's weight."""
 
     zero_at_init: ClassVar[bool] = True
     """The adapted layer equals the frozen one before training."""
+    mergeable: ClassVar[bool] = True
+    """The change is a matrix; False for routed methods, whose change depends on the input."""
+    stochastic: ClassVar[bool] = False
+    """`factors` draws noise while training, as dropout does."""
+    groups: ClassVar[Mapping[str, Group]] = {}
+    """How its parameters are optimised, by name; what is missing follows the run."""
     fold: int = 1
     """Number of equal column blocks of `scale * up @ down`."""
 
@@ -66,6 +105,11 @@ class Delta(nn.Module):
         self.config: AdapterConfig = config
         # A tuple, so that shared tensors are registered once at the root and not under every site.
         self._shared: tuple[Shared, ...] = () if shared is None else (shared,)
+
+    @property
+    def shared(self) -> tuple[Shared, ...]:
+        """The model-level state, if the method has one."""
+        return self._shared
 
     @property
     def scale(self) -> float:
@@ -86,7 +130,15 @@ class Delta(nn.Module):
         return None
 
     def delta(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
-        """Return the change of the weight: the definition of the method."""
+        """Return the change of the weight: the definition of the method.
+
+        Raises:
+            AdapterStateError: the method is routed, so its change is no matrix.
+        """
+        if not self.mergeable:
+            raise AdapterStateError(
+                f"{self.config.method} routes by input: its change is no matrix"
+            )
         factors = self.factors()
         if factors is None:
             raise NotImplementedError(f"{type(self).__name__} must define delta or factors")
@@ -95,6 +147,16 @@ class Delta(nn.Module):
 
     update: ClassVar[Any] = None
     """Optional method `update(y, x, layer) -> y`: from the layer's output without bias."""
+    rotate: ClassVar[Any] = None
+    """Optional method `rotate(x) -> x`: linear layers, `(W + delta(W)) x = W rotate(x)`."""
+
+    def bias_change(self) -> Float[Tensor, " out"] | None:
+        """Return the change of the layer's bias, or None."""
+        return None
+
+    def penalty(self) -> Tensor | None:
+        """Return a term that is added to the training loss, or None."""
+        return None
 
     def frozen(self) -> dict[str, Tensor]:
         """Seeded tensors of this site that files fingerprint instead of storing."""

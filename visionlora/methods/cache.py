@@ -1,0 +1,58 @@
+"""Tensors that many layers share and that are computed once per training step.
+
+A hyper-network emits the factors of all sites at once. `GraphCache` keeps them, with their graph,
+until they are out of date: a parameter they came from has changed, gradients are switched on or
+off, or a backward has passed through them, which frees the graph. No hook on the model is needed,
+so it does not matter which of the model's methods is called.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class GraphCache:
+    """Holds the result of one build; empty again after a copy or pickle."""
+
+    def __init__(self) -> None:
+        self._graph = False
+        self._sources: list[tuple[Tensor, int]] = []
+        self._tensors: list[Tensor] = []
+
+    def get(self, sources: Iterable[Tensor], build: Callable[[], list[Tensor]]) -> list[Tensor]:
+        """Return what `build` made from `sources`, built again only if it is out of date.
+
+        Args:
+            sources: the parameters that the result depends on.
+            build: returns a list of tensors.
+        """
+        now = [(item, item._version) for item in sources]
+        if self._graph != torch.is_grad_enabled() or not _same(now, self._sources):
+            self._tensors = build()
+            self._graph, self._sources = torch.is_grad_enabled(), now
+            for tensor in self._tensors:
+                if tensor.requires_grad and not tensor.is_leaf:
+                    tensor.register_hook(self._forget)
+        return self._tensors
+
+    def clear(self) -> None:
+        """Forget the result."""
+        self._sources, self._tensors = [], []
+
+    def _forget(self, gradient: Tensor) -> None:
+        self.clear()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "GraphCache":
+        return GraphCache()
+
+    def __reduce__(self) -> Any:
+        return GraphCache, ()
+
+
+def _same(one: list[tuple[Tensor, int]], other: list[tuple[Tensor, int]]) -> bool:
+    """Whether both list the same tensors at the same versions."""
+    return len(one) == len(other) and all(
+        a is b and version == kept for (a, version), (b, kept) in zip(one, other, strict=True)
+    )
