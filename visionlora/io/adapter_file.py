@@ -1,6 +1,8 @@
-"""Reading a native adapter file: parsed and validated on its own, without a model."""
+"""The description in a native adapter file, and reading such a file without a model."""
 
+import dataclasses
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,8 +52,17 @@ def read_adapter(path: str | Path) -> AdapterFile:
         ) from error
     if "visionlora" not in metadata:
         raise AdapterFileError(f"{path} has no visionlora description: another tool wrote it")
+    return parse_adapter(path, metadata["visionlora"], tensors)
+
+
+def parse_adapter(path: Path, description: str, tensors: dict[str, Tensor]) -> AdapterFile:
+    """Validate the description and the tensors of an adapter.
+
+    Raises:
+        AdapterFileError: naming `path`, when they are not of this format or inconsistent.
+    """
     try:
-        header = json.loads(metadata["visionlora"])
+        header = json.loads(description)
         if header["format"] != FORMAT or header["version"] > VERSION:
             raise AdapterFileError(
                 f"{path} has format {header['format']} version {header['version']}; this version "
@@ -70,6 +81,24 @@ def read_adapter(path: str | Path) -> AdapterFile:
         raise AdapterFileError(f"{path} describes no site")
     contents.refuse_non_finite(tensors, str(path))
     return file
+
+
+def write_description(
+    plan: Sequence[tuple[Site, AdapterConfig]],
+    frozen: Mapping[str, list[float]],
+    base: Mapping[str, list[float]],
+) -> str:
+    """Return the description that `parse_adapter` reads."""
+    configs = list(dict.fromkeys(config for _, config in plan))
+    header = {
+        "format": FORMAT,
+        "version": VERSION,
+        "configs": [config.to_dict() for config in configs],
+        "sites": [[dataclasses.asdict(site), configs.index(config)] for site, config in plan],
+        "frozen": frozen,
+        "base": base,
+    }
+    return json.dumps(header)
 
 
 def _read_config(item: dict[str, Any]) -> AdapterConfig:

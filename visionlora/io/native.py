@@ -7,7 +7,6 @@ touches the model, so a refused file leaves the model as it was.
 """
 
 import dataclasses
-import json
 from pathlib import Path
 
 import safetensors
@@ -20,7 +19,7 @@ from visionlora.build import PreparedAdapter, install, prepare_adapter, refuse_m
 from visionlora.errors import AdapterFileError, AdapterStateError, VisionLoraError
 from visionlora.hosts import find_adapter
 from visionlora.io import checks, contents
-from visionlora.io.adapter_file import FORMAT, VERSION, read_adapter
+from visionlora.io.adapter_file import read_adapter, write_description
 from visionlora.io.atomic import write_atomically
 from visionlora.record import adapter_names
 
@@ -47,25 +46,18 @@ def save(
     seeded = contents.seeded_tensors(placed, contents.shared_of(model, name))
     tensors = adapter_state_dict(model, name) | (seeded if frozen else {})
     contents.refuse_non_finite(tensors, "cannot save")
-    configs = list(dict.fromkeys(delta.config for _, delta in placed))
     sites = [
         dataclasses.replace(site, module=path.rpartition(".")[0])
         for (site, _), (path, _) in zip(entries, placed, strict=True)
     ]
-    header = {
-        "format": FORMAT,
-        "version": VERSION,
-        "configs": [config.to_dict() for config in configs],
-        "sites": [
-            [dataclasses.asdict(site), configs.index(delta.config)]
-            for site, (_, delta) in zip(sites, placed, strict=True)
-        ],
-        "frozen": {key: contents.fingerprint(tensor) for key, tensor in seeded.items()},
-        "base": contents.base_figures(model, sites),
-    }
+    description = write_description(
+        [(site, delta.config) for site, (_, delta) in zip(sites, placed, strict=True)],
+        {key: contents.fingerprint(tensor) for key, tensor in seeded.items()},
+        contents.base_figures(model, sites),
+    )
     data = safetensors.torch.save(
         {key: tensor.detach().contiguous().cpu() for key, tensor in tensors.items()},
-        {"visionlora": json.dumps(header)},
+        {"visionlora": description},
     )
     return write_atomically(path, lambda temporary: _write(temporary, data))
 
