@@ -1,0 +1,1 @@
+"""Rank allocation: which parameters a running training has, and who decides it."""
