@@ -21,13 +21,27 @@ from torch.func import functional_call
 
 import visionlora as vl
 from visionlora.config import AdapterConfig
-from visionlora.hosts import Host
+from visionlora.hosts import Host, Mode
+from visionlora.hosts.base import bias_name
 from visionlora.methods.base import Delta
 from visionlora.record import adapter_parameter_owners
-from visionlora.registry import build_config, list_methods, list_presets
+from visionlora.registry import build_config, get_method, list_methods, list_presets
 
 WIDTH = 12
-RANK = 2
+# Options that make a method small enough for these sites, by name.
+SMALL = {
+    "rank": 2,
+    "alpha": 3.0,
+    "dropout": 0.0,
+    "length": 16,
+    "coefficients": 5,
+    "bank": 6,
+    "block": 2,
+    "experts": 3,
+    "atoms": 4,
+    "width": 8,
+    "depth": 1,
+}
 
 
 # -- configurations
@@ -37,8 +51,7 @@ def _small(name: str) -> AdapterConfig:
     """Return a method or preset at a rank that the small sites have, without dropout."""
     config = build_config(name)
     names = {field.name for field in fields(config)}
-    small = {"rank": RANK, "dropout": 0.0, "alpha": 3.0}
-    return replace(config, **{key: value for key, value in small.items() if key in names})
+    return replace(config, **{key: value for key, value in SMALL.items() if key in names})
 
 
 def _alternatives(config: AdapterConfig) -> Iterator[AdapterConfig]:
@@ -66,6 +79,15 @@ for _name in list_methods():
 _all.update(dict.fromkeys(_small(preset.name) for preset in list_presets()))
 CONFIGS = list(_all)
 DEFAULTS = [_small(name) for name in list_methods()]
+
+
+def is_routed(config: AdapterConfig) -> bool:
+    """Whether the change depends on the input, so that no matrix defines it."""
+    return not get_method(config.method).delta.mergeable
+
+
+MATRICES = [config for config in CONFIGS if not is_routed(config)]
+DEFAULT_MATRICES = [config for config in DEFAULTS if not is_routed(config)]
 
 
 # -- sites
@@ -108,6 +130,7 @@ class Kind:
     target: str = "layer"
     call: Callable[..., Tensor] = _plain
     indices: bool = False
+    norm: bool = False
 
     def model(self, seed: int = 0, dtype: torch.dtype = torch.float64) -> Net:
         """Return a fresh base model; the same seed gives the same weights."""
@@ -155,6 +178,13 @@ def _mha(**options: Any) -> Callable[[], nn.Module]:
         return layer
 
     return build
+
+
+def _lively(norm: nn.Module) -> nn.Module:
+    """Give a norm weights and biases that are not ones and zeros."""
+    for parameter in norm.parameters():
+        nn.init.normal_(parameter)
+    return norm
 
 
 KINDS = [
@@ -232,11 +262,14 @@ KINDS = [
         _ALL,
         indices=True,
     ),
+    Kind("layer-norm", lambda: _lively(nn.LayerNorm(6)), ((2, 5, 6),), _ALL, norm=True),
+    Kind("group-norm", lambda: _lively(nn.GroupNorm(2, 4)), ((2, 4, 3, 3),), _ALL, norm=True),
 ]
 FEW = [
     kind
     for kind in KINDS
-    if kind.name in ("linear-wide", "qkv-slices", "conv-strided", "mha-self", "embedding")
+    if kind.name
+    in ("linear-wide", "qkv-slices", "conv-strided", "mha-self", "embedding", "layer-norm")
 ]
 
 
@@ -245,9 +278,16 @@ def refused(config: AdapterConfig, kind: Kind) -> bool:
     """Whether the configuration itself declares that it cannot serve the kind."""
     try:
         inject(kind.model(), config, kind)
-    except vl.errors.ConfigError:
+    except (vl.errors.ConfigError, vl.errors.TargetError):
         return True
     return False
+
+
+def modes(config: AdapterConfig, kind: Kind) -> list[Mode]:
+    """Return the modes that a method and a layer have."""
+    if kind.norm:
+        return ["auto", "dense"]
+    return ["auto", "factored"] if is_routed(config) else ["auto", "factored", "dense"]
 
 
 def pairs(configs: list[AdapterConfig], kinds: list[Kind], *, served: bool = True) -> Any:
@@ -276,7 +316,8 @@ def adapted(config: AdapterConfig, kind: Kind, *, seed: int = 0, **options: Any)
     """Return a fresh model whose adapter has random trainables."""
     model = inject(kind.model(), config, kind, **options)
     randomise(model, seed)
-    return model
+    # Noise is drawn while training only; what is compared here is the function.
+    return model.eval() if get_method(config.method).delta.stochastic else model
 
 
 @torch.no_grad()
@@ -318,10 +359,24 @@ def changed_weights(
                 keep[base.layer.padding_idx] = 0
                 part = change * keep
             else:
-                part = delta.delta(frozen[rows].flatten(1)).reshape(frozen[rows].shape)
+                own = frozen[rows]
+                part = delta.delta(own.reshape(len(own), -1)).reshape(own.shape)
             index = torch.arange(len(frozen))[rows]
             result[parameter] = result[parameter] + strength * whole.index_add(0, index, part)
+            shift = delta.bias_change()
+            if shift is not None:
+                bias = bias_name(base.layer, key)
+                index = torch.arange(len(result[bias]))[_rows_of_bias(base.layer, key, rows)]
+                none = torch.zeros_like(result[bias])
+                result[bias] = result[bias] + strength * none.index_add(0, index, shift)
     return result
+
+
+def _rows_of_bias(layer: nn.Module, key: str, rows: slice) -> slice:
+    """Return the entries of the bias that belong to a site."""
+    if isinstance(layer, nn.MultiheadAttention) and key in ("q", "k", "v"):
+        return _FUSED[key][1]
+    return rows
 
 
 def definition(

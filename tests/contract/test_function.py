@@ -8,9 +8,11 @@ import torch
 import visionlora as vl
 from tests.contract.cases import (
     CONFIGS,
+    DEFAULT_MATRICES,
     DEFAULTS,
     FEW,
     KINDS,
+    MATRICES,
     adapted,
     assert_unchanged,
     definition,
@@ -18,14 +20,15 @@ from tests.contract.cases import (
     gradients,
     host_of,
     inject,
+    is_routed,
+    modes,
     pairs,
     randomise,
+    refused,
     snapshot,
 )
 from tests.tolerances import assert_close
-from visionlora.errors import AdapterStateError, ConfigError
-
-MODES = ["auto", "factored", "dense"]
+from visionlora.errors import AdapterStateError, ConfigError, TargetError
 
 
 def trained(model):
@@ -42,28 +45,28 @@ def test_a_fresh_adapter_changes_nothing(config, kind):
         expected, actual = base.train(training)(*inputs), model.train(training)(*inputs)
         if not all(delta.zero_at_init for delta in deltas):
             assert not torch.equal(actual, expected)
-        elif all(delta.update is None for delta in deltas) and "mha" not in kind.name:
+        elif "mha" not in kind.name and all(d.update is d.rotate is None for d in deltas):
             assert torch.equal(actual, expected)
-        else:  # a rescaled output, or attention in another order of operations
+        else:  # a rescaled output, a rotated input, or attention in another order of operations
             assert_close(actual, expected)
 
 
-@pairs(CONFIGS, KINDS)
+@pairs(MATRICES, KINDS)
 def test_every_path_equals_the_definition(config, kind):
     inputs = kind.inputs()
-    for mode in MODES:
+    for mode in modes(config, kind):
         model = adapted(config, kind, mode=mode)
         actual = model(*inputs)
         assert_close(actual, definition(model, kind, inputs))
         assert not torch.allclose(actual, kind.model()(*inputs), atol=1e-3), "a test of nothing"
 
 
-@pairs(CONFIGS, KINDS)
+@pairs(MATRICES, KINDS)
 def test_gradients_equal_autograd_through_the_definition(config, kind):
     inputs = kind.inputs()
     if not kind.indices:
         inputs = tuple(item.requires_grad_() for item in inputs)
-    for mode in MODES:
+    for mode in modes(config, kind):
         model = adapted(config, kind, mode=mode)
         tensors = [*trained(model), *(item for item in inputs if item.requires_grad)]
         expected = gradients(definition(model, kind, inputs), tensors)
@@ -71,7 +74,7 @@ def test_gradients_equal_autograd_through_the_definition(config, kind):
             assert_close(one, other)
 
 
-@pairs(DEFAULTS, KINDS)
+@pairs(DEFAULT_MATRICES, KINDS)
 def test_merging_keeps_the_output_and_unmerging_restores_every_bit(config, kind):
     inputs = kind.inputs()
     model = adapted(config, kind).eval()
@@ -106,7 +109,7 @@ def test_disabled_adapters_leave_the_base(config, kind):
     assert_close(plain, kind.model().eval()(*inputs))
 
 
-@pairs(DEFAULTS, KINDS)
+@pairs(DEFAULT_MATRICES, KINDS)
 def test_two_adapters_add_up_at_their_scales(config, kind):
     inputs = kind.inputs()
     model = inject(inject(kind.model(), config, kind, name="a"), config, kind, name="b")
@@ -122,11 +125,22 @@ def test_two_adapters_add_up_at_their_scales(config, kind):
     assert_close(model(*inputs), definition(model, kind, inputs, {"a": 0.5}))
 
 
-@pairs(DEFAULTS, [kind for kind in KINDS if kind.name in ("qkv-slices", "conv-strided")])
-@pytest.mark.parametrize("other", DEFAULTS, ids=lambda config: config.method)
+# Every method beside the two that follow it: each path meets each other path somewhere.
+NEIGHBOURS = [
+    pytest.param(one, DEFAULT_MATRICES[(index + step) % len(DEFAULT_MATRICES)], kind)
+    for kind in KINDS
+    if kind.name in ("qkv-slices", "conv-strided")
+    for index, one in enumerate(DEFAULT_MATRICES)
+    for step in (1, 2)
+]
+
+
+@pytest.mark.parametrize(("config", "other", "kind"), NEIGHBOURS)
 def test_different_methods_live_on_one_layer(config, other, kind):
+    if refused(config, kind) or refused(other, kind):
+        return
     inputs = kind.inputs()
-    model = inject(inject(kind.model(), config, kind, name="a"), other, kind, name="b")
+    model = inject(inject(kind.model(), config, kind, name="a"), other, kind, name="b").eval()
     randomise(model)
     expected = definition(model, kind, inputs, {"a": 1.0, "b": 1.0})
     assert_close(model(*inputs), expected)
@@ -134,9 +148,23 @@ def test_different_methods_live_on_one_layer(config, other, kind):
         assert_close(model(*inputs), expected)
 
 
-@pairs(DEFAULTS, [kind for kind in KINDS if not kind.indices])
+@pairs([config for config in CONFIGS if is_routed(config)], FEW)
+def test_a_routed_change_is_no_matrix(config, kind):
+    model, inputs = adapted(config, kind), kind.inputs()
+    expected = model(*inputs)
+    before = snapshot(model)
+    for verb in (vl.merge, lambda model: vl.eject(model, merge=True)):
+        with pytest.raises(AdapterStateError, match="routes by input"):
+            verb(model)
+    assert_unchanged(model, before)
+    assert torch.equal(model(*inputs), expected)
+    with pytest.raises(ConfigError, match="routes by input"):
+        inject(kind.model(), config, kind, mode="dense")
+
+
+@pairs(DEFAULT_MATRICES, [kind for kind in KINDS if not kind.indices])
 def test_trainable_base_weights_get_the_gradient_of_the_definition(config, kind):
-    for mode in MODES:
+    for mode in modes(config, kind):
         check_base_gradients(config, kind, mode)
 
 
@@ -154,7 +182,7 @@ def check_base_gradients(config, kind, mode):
     for key, delta in deltas_of(model).items():
         name, rows = kind.views[key]
         own = weights[name][rows]
-        part = delta.delta(own.flatten(1)).reshape(own.shape)
+        part = delta.delta(own.reshape(len(own), -1)).reshape(own.shape)
         index = torch.arange(len(weights[name]))[rows]
         changed[name] = changed[name] + torch.zeros_like(weights[name]).index_add(0, index, part)
     output = torch.func.functional_call(
@@ -165,7 +193,7 @@ def check_base_gradients(config, kind, mode):
         assert_close(one, other)
 
 
-@pairs([config for config in DEFAULTS if hasattr(config, "dropout")], FEW)
+@pairs([config for config in DEFAULT_MATRICES if hasattr(config, "dropout")], FEW)
 def test_dropout_acts_while_training_and_never_in_evaluation(config, kind):
     dropping = dataclasses.replace(config, dropout=0.5)
     if kind.indices:
@@ -195,6 +223,6 @@ REFUSED = pairs(CONFIGS, KINDS, served=False)
 def test_a_site_that_cannot_be_served_is_refused_and_nothing_changes(config, kind):
     model = kind.model()
     before = snapshot(model)
-    with pytest.raises(ConfigError, match="layer"):
+    with pytest.raises((ConfigError, TargetError), match=r"layer|Norm"):
         inject(model, config, kind)
     assert_unchanged(model, before)

@@ -95,6 +95,8 @@ class Delta(nn.Module):
     """The change is a matrix; False for routed methods, whose change depends on the input."""
     stochastic: ClassVar[bool] = False
     """`factors` draws noise while training, as dropout does."""
+    seeded: ClassVar[bool] = True
+    """The initial values depend on the seed."""
     groups: ClassVar[Mapping[str, Group]] = {}
     """How its parameters are optimised, by name; what is missing follows the run."""
     fold: int = 1
