@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,7 @@ from tasks.fewshot.report import print_note, print_result
 from tasks.fewshot.results import read_matrix, summarise, write_matrix
 from tasks.fewshot.sampling import short_classes
 from tasks.fewshot.shots import Batches, FeatureBatches, Shots
+from visionlora.dynamics import Dynamics
 from visionlora.training import FitResult, RunDirectory, TrainSettings, cosine, fit
 
 MAY_CHANGE = ("output", "resume", "overwrite", "device", "seed", "checkpoint_every")
@@ -108,7 +109,13 @@ def run_seed(
     )
 
 
-def adapt(experiment: Experiment, seed: int, shots: Shots, directory: RunDirectory) -> FitResult:
+def adapt(
+    experiment: Experiment,
+    seed: int,
+    shots: Shots,
+    directory: RunDirectory,
+    dynamics: Sequence[Dynamics] = (),
+) -> FitResult:
     """Train the injected adapter on the shots."""
     config, transform = experiment.config, experiment.backbone.transform
     model = experiment.classifier(experiment.trained_classes)
@@ -136,7 +143,9 @@ def adapt(experiment: Experiment, seed: int, shots: Shots, directory: RunDirecto
         device=config.device,
     )
     schedule = cosine(config.steps, floor=min(1.0, ETA_MIN / config.lr))
-    fitted = fit(model, optimizer, _loss, source, settings, directory, schedule=schedule)
+    fitted = fit(
+        model, optimizer, _loss, source, settings, directory, dynamics=dynamics, schedule=schedule
+    )
     model.eval()
     return fitted
 

@@ -1,0 +1,21 @@
+"""Adapters made by a network instead of by training: ICM-LoRA."""
+
+from visionlora.generate.canonical import canonical_pair, canonical_tensors
+from visionlora.generate.cvae import CVAE
+from visionlora.generate.flatten import Layout, Statistics
+from visionlora.generate.icm import Generator, GeneratorConfig, train_generator
+from visionlora.generate.snapshots import SnapshotRecorder, TaskSnapshots, read_snapshots
+
+__all__ = [
+    "CVAE",
+    "Generator",
+    "GeneratorConfig",
+    "Layout",
+    "SnapshotRecorder",
+    "Statistics",
+    "TaskSnapshots",
+    "canonical_pair",
+    "canonical_tensors",
+    "read_snapshots",
+    "train_generator",
+]
