@@ -42,6 +42,8 @@ class Site:
     """Convolution groups."""
     bias: bool = False
     """Whether the layer has a bias."""
+    kernel: int = 1
+    """Columns per input channel: the entries of a convolution's kernel."""
 
     @property
     def name(self) -> str:

@@ -25,10 +25,7 @@ def test_the_trainable_count_is_the_closed_form(config, kind):
     model = inject(kind.model(), config, kind)
     sites = host_of(model).state.sites["default"].values()
     expected = sum(
-        vl.get_method(config.method).delta.parameter_count(
-            config, site.out_features, site.in_features
-        )
-        for site in sites
+        vl.get_method(config.method).delta.site_parameter_count(config, site) for site in sites
     )
     shared = vl.get_method(config.method).shared
     expected += 0 if shared is None else shared.parameter_count(config, list(sites))

@@ -93,15 +93,16 @@ def describe(name: str, module: nn.Module, key: str) -> Site:
             )
         return Site(name, key, kind, weight.shape[1], weight.shape[0])
     groups = int(module.groups) if isinstance(module, nn.Conv2d) else 1
-    columns = weight[0].numel()
+    columns, kernel = weight[0].numel(), weight[0, 0].numel()
     if key == "weight":
-        return Site(name, key, kind, weight.shape[0], columns, None, groups, bias)
+        return Site(name, key, kind, weight.shape[0], columns, None, groups, bias, kernel)
     if groups != 1:
         raise TargetError(
             f"{name} is a grouped convolution, whose rows cannot be sliced, got [{key}]"
         )
     start, stop = row_range(name, weight.shape[0], key)
-    return Site(name, key, kind, stop - start, columns, (start, stop), bias=bias)
+    rows = (start, stop)
+    return Site(name, key, kind, stop - start, columns, rows, bias=bias, kernel=kernel)
 
 
 def _describe_attention(name: str, module: nn.MultiheadAttention, key: str) -> Site:

@@ -20,7 +20,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from visionlora.config import AdapterConfig
@@ -160,6 +160,13 @@ class Delta(nn.Module):
         """Return a term that is added to the training loss, or None."""
         return None
 
+    def kept(self) -> Bool[Tensor, " rank"] | None:
+        """Return which ranks of `factors` are left when training is over.
+
+        The site then becomes plain LoRA of that rank. None (the default): it stays as it is.
+        """
+        return None
+
     def frozen(self) -> dict[str, Tensor]:
         """Seeded tensors of this site that files fingerprint instead of storing."""
         return {}
@@ -168,6 +175,11 @@ class Delta(nn.Module):
     def parameter_count(config: Any, out_features: int, in_features: int) -> int:
         """Return the number of trained scalars of one site, in closed form."""
         raise NotImplementedError
+
+    @classmethod
+    def site_parameter_count(cls, config: Any, site: Site) -> int:
+        """Return the count of a site where it depends on more than the size of its view."""
+        return cls.parameter_count(config, site.out_features, site.in_features)
 
 
 def uniform(shape: tuple[int, ...], bound: float, generator: torch.Generator) -> Tensor:
