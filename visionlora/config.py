@@ -92,12 +92,20 @@ class LowRankConfig(AdapterConfig):
 
     def check_site(self, site: Site) -> None:
         """Refuse a rank that the site cannot have."""
-        if self.rank > site.max_rank:
-            raise ConfigError(
-                f"{self.method}: rank {self.rank} is larger than {site.name or 'the layer'} "
-                f"allows: its view is {site.out_features} x {site.in_features}, so at most "
-                f"{site.max_rank}"
-            )
+        check_rank(self.method, self.rank, site)
+
+
+def check_rank(method: str, rank: int, site: Site) -> None:
+    """Refuse a rank that a site cannot have.
+
+    Raises:
+        ConfigError: naming the layer, its view and the largest rank.
+    """
+    if rank > site.max_rank:
+        raise ConfigError(
+            f"{method}: rank {rank} is larger than {site.name or 'the layer'} allows: its view is "
+            f"{site.out_features} x {site.in_features}, so at most {site.max_rank}"
+        )
 
 
 def check_fields(config: Any) -> None:
