@@ -8,19 +8,20 @@ changes do not add up) are refused.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from visionlora.api import use
 from visionlora.build import install, prepare_adapter, refuse_merged
-from visionlora.errors import AdapterStateError, ConfigError
+from visionlora.errors import ConfigError
 from visionlora.hosts import find_adapter
-from visionlora.methods.base import Delta
 from visionlora.ranks.allocation import Request, SqueezeReport, report
 from visionlora.ranks.factors import stack
-from visionlora.ranks.squeeze import deltas_of, settled_factors
-from visionlora.record import adapter_names, hosts_of
+from visionlora.ranks.squeeze import factors_of
+from visionlora.ranks.structure import places_of
+from visionlora.record import adapter_names
 from visionlora.registry import build_config
 from visionlora.sites import Site
 
@@ -62,13 +63,12 @@ def combine(
     sites: dict[str, Site] = {}
     pairs: dict[str, list[tuple[Tensor, Tensor]]] = {}
     for name, weight in zip(names, weights or [1.0] * len(names), strict=True):
-        for host in hosts_of(model).values():
-            for key, site in host.state.sites.get(name, {}).items():
-                sites[site.name] = site
-                strength = weight * host.state.strengths[name]
-                pairs.setdefault(site.name, []).append(
-                    _pair(deltas_of(host, name)[key], site, strength)
-                )
+        for place in places_of(model, name):
+            site = replace(place.site, module=place.path)
+            sites[site.name] = site
+            up, down = factors_of(place)
+            scale = weight * place.host.state.strengths[name] * place.delta.scale
+            pairs.setdefault(site.name, []).append((scale * up, down))
     spectra = [request.spectrum(place, *stack(found), 1.0) for place, found in pairs.items()]
     ranks = request.ranks(spectra)
     if not any(ranks):
@@ -88,14 +88,3 @@ def combine(
     install(model, prepared)
     use(model, into)
     return report(spectra, ranks)
-
-
-def _pair(delta: Delta, site: Site, strength: float) -> tuple[Tensor, Tensor]:
-    """Return the detached factors of a change, its scale in the first."""
-    pair = settled_factors(delta)
-    if pair is None:
-        method, place = delta.config.method, site.name or "the layer"
-        raise AdapterStateError(
-            f"combine: {method} at {place} has no factor form, so its changes do not add up"
-        )
-    return strength * delta.scale * pair[0], pair[1].repeat(1, delta.fold)

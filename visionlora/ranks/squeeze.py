@@ -18,50 +18,47 @@ and energy are then those of the pair. Others with a factor form become plain Lo
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from visionlora import record
 from visionlora.build import refuse_merged
-from visionlora.config import AdapterConfig, LowRankConfig
+from visionlora.config import LowRankConfig
 from visionlora.errors import AdapterStateError, ConfigError
-from visionlora.hosts import Host, find_adapter, release
+from visionlora.hosts import find_adapter
 from visionlora.methods.base import Delta
 from visionlora.ranks.allocation import Request, SqueezeReport, report
 from visionlora.ranks.factors import Triples
+from visionlora.ranks.finalize import plain_config
 from visionlora.ranks.optimizer import add, drop, group_of, replace
-from visionlora.record import adapter_names, hosts_of
-from visionlora.registry import build_config, get_method
-from visionlora.sites import Site
+from visionlora.ranks.structure import Place, places_of
+from visionlora.record import adapter_names
 
 Keep = Literal["scaling", "alpha"]
 
 
 @dataclass(frozen=True)
-class _Placed:
-    """One site with its pair, and the change as seen by energy and budget."""
+class _Pair:
+    """One site with the pair that is compressed."""
 
-    path: str
-    key: str
-    site: Site
-    delta: Delta
+    place: Place
+    old: Delta
     carries: bool
-    """The Delta can be built again with another rank; otherwise it becomes plain LoRA."""
+    """The method is a trained pair that takes another rank; otherwise it becomes plain LoRA."""
     up: Tensor
     down: Tensor
 
     @property
     def size(self) -> float:
         """Factor between singular values of the pair and those of the change."""
-        columns = self.delta.fold if self.carries else 1
-        return abs(self.delta.scale) * columns**0.5
+        return abs(self.old.scale) * (self.old.fold**0.5 if self.carries else 1.0)
 
     @property
     def removable(self) -> bool:
         """Whether rank 0 means no change."""
-        return not self.carries or len(list(self.delta.parameters())) == 2
+        return not self.carries or len(list(self.old.parameters())) == 2
 
 
 def squeeze(
@@ -90,7 +87,8 @@ def squeeze(
         Ranks and errors per site.
 
     Raises:
-        ConfigError: not exactly one of the three, or a value out of range.
+        ConfigError: not exactly one of the three, a value out of range, or an optimiser that does
+            not hold the adapter; nothing is changed then.
         AdapterStateError: no such adapter, it is merged, or its method has no factor form.
     """
     request = Request(rank, energy, budget)
@@ -98,34 +96,39 @@ def squeeze(
         raise ConfigError(f"squeeze: keep must be one of {get_args(Keep)}, got {keep!r}")
     refuse_merged(model, "squeeze")
     name = _choose(model, name)
-    placed = [
-        _place(path, key, host.state.sites[name][key], delta)
-        for path, host in hosts_of(model).items()
-        if name in host.adapters
-        for key, delta in deltas_of(host, name).items()
-    ]
+    pairs = [_pair(place) for place in places_of(model, name)]
+    shared = list(dict.fromkeys(part for pair in pairs for part in pair.old.shared))
+    old = [p for module in [*(pair.old for pair in pairs), *shared] for p in _trained(module)]
     if optimizer is not None:
-        _check_held(optimizer, placed)
-    spectra = [request.spectrum(item.site.name, item.up, item.down, item.size) for item in placed]
+        for parameter in old:
+            group_of(optimizer, parameter)
+    spectra = [request.spectrum(pair.place.name, pair.up, pair.down, pair.size) for pair in pairs]
     ranks = [
-        found if item.removable else max(found, 1)
-        for item, found in zip(placed, request.ranks(spectra), strict=True)
+        wanted if pair.removable else max(wanted, 1)
+        for pair, wanted in zip(pairs, request.ranks(spectra), strict=True)
     ]
     if not any(ranks):
         raise ConfigError(f"squeeze: the change of adapter {name!r} is zero at every site")
     renewed = [
-        _rebuilt(item, found.triples, wanted, keep) if wanted else None
-        for item, found, wanted in zip(placed, spectra, ranks, strict=True)
+        _rebuilt(pair, found.triples, wanted, keep) if wanted else None
+        for pair, found, wanted in zip(pairs, spectra, ranks, strict=True)
     ]
-    for item, delta in zip(placed, renewed, strict=True):
-        _install(model, name, item, delta)
-    _drop_shared(model, name, placed)
+    for pair, delta in zip(pairs, renewed, strict=True):
+        if delta is None:
+            pair.place.remove()
+        else:
+            pair.place.put(delta)
+    if shared:  # plain LoRA has no use for it
+        _remove_shared(model, name)
     if optimizer is not None:
-        _hand_over(optimizer, placed, renewed)
+        for pair, delta in zip(pairs, renewed, strict=True):
+            if delta is not None:
+                _hand_over(optimizer, pair, delta)
+        drop(optimizer, old)
     return report(spectra, ranks)
 
 
-def resized(config: LowRankConfig, rank: int, keep: Keep) -> LowRankConfig:
+def resized(config: LowRankConfig, rank: int, keep: Keep = "scaling") -> LowRankConfig:
     """Return the configuration of another rank, with the same scaling factor or the same alpha."""
     if keep == "alpha":
         alpha = config.rank if config.alpha is None else config.alpha
@@ -135,45 +138,6 @@ def resized(config: LowRankConfig, rank: int, keep: Keep) -> LowRankConfig:
         return same
     size = rank if config.scaling == "standard" else rank**0.5
     return dataclasses.replace(config, rank=rank, alpha=config.scale * size)
-
-
-def as_lora(config: AdapterConfig, rank: int, scale: float) -> LowRankConfig:
-    """Return the configuration of a plain LoRA of rank `rank` and scaling factor `scale`."""
-    options: dict[str, Any] = {"rank": rank, "alpha": scale * rank, "seed": config.seed}
-    options["dropout"] = getattr(config, "dropout", 0.0)
-    made = build_config("lora", options)
-    assert isinstance(made, LowRankConfig)
-    return made
-
-
-def build_like(old: Delta, config: AdapterConfig, site: Site) -> Delta:
-    """Return an uninitialised Delta on the device, in the type and in the mode of another."""
-    made = get_method(config.method).delta(config, site, None)
-    return made.to(next(old.parameters())).train(old.training)
-
-
-def _choose(model: nn.Module, name: str | None) -> str:
-    names = adapter_names(model)
-    if name is None and len(names) != 1:
-        raise AdapterStateError(f"say which adapter by name=...; the model has {names or 'none'}")
-    return names[0] if name is None else find_adapter(names, name)
-
-
-def deltas_of(host: Host, name: str) -> dict[str, Delta]:
-    """Return the Deltas of one adapter of a layer by site key."""
-    return dict(host.adapters[name].items())  # type: ignore[operator]
-
-
-def _place(path: str, key: str, site: Site, delta: Delta) -> _Placed:
-    if _carries(delta, site):
-        up, down = delta.get_parameter("B"), delta.get_parameter("A")
-        return _Placed(path, key, site, delta, True, up.detach(), down.detach())
-    pair = settled_factors(delta)
-    if pair is None:
-        raise AdapterStateError(
-            f"squeeze: {delta.config.method} at {site.name or 'the layer'} has no factor form"
-        )
-    return _Placed(path, key, site, delta, False, pair[0], pair[1].repeat(1, delta.fold))
 
 
 @torch.no_grad()
@@ -186,17 +150,53 @@ def settled_factors(delta: Delta) -> tuple[Tensor, Tensor] | None:
         delta.train(training)
 
 
-def _carries(delta: Delta, site: Site) -> bool:
+def _choose(model: nn.Module, name: str | None) -> str:
+    names = adapter_names(model)
+    if name is None and len(names) != 1:
+        raise AdapterStateError(f"say which adapter by name=...; the model has {names or 'none'}")
+    return names[0] if name is None else find_adapter(names, name)
+
+
+def _trained(module: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in module.parameters() if parameter.requires_grad]
+
+
+def factors_of(place: Place) -> tuple[Tensor, Tensor]:
+    """Return up and down of a change that is exactly `scale * up @ down`, without folds.
+
+    Raises:
+        AdapterStateError: the method has no factor form, or changes the bias too.
+    """
+    delta = place.delta
+    found = settled_factors(delta)
+    if found is None or delta.bias_change() is not None:
+        raise AdapterStateError(
+            f"{delta.config.method} at {place.name or 'the layer'} has no factor form, so it "
+            "cannot become plain LoRA"
+        )
+    return found[0].detach(), found[1].detach().repeat(1, delta.fold)
+
+
+def _pair(place: Place) -> _Pair:
+    delta = place.delta
+    if _carries(place):
+        up, down = delta.get_parameter("B").detach(), delta.get_parameter("A").detach()
+        return _Pair(place, delta, True, up, down)
+    return _Pair(place, delta, False, *factors_of(place))
+
+
+def _carries(place: Place) -> bool:
     """Tell whether the method is a trained pair A, B that can be built again with another rank."""
+    delta = place.delta
     own = dict(delta.named_parameters())
     config = delta.config
     if not isinstance(config, LowRankConfig) or delta.shared or not {"A", "B"} <= own.keys():
         return False
-    pair = settled_factors(delta)
-    if pair is not None and not (pair[0] is own["B"] and pair[1] is own["A"]):
+    factors = settled_factors(delta)
+    if factors is not None and not (factors[0] is own["B"] and factors[1] is own["A"]):
         return False
     try:
-        twin = build_like(delta, dataclasses.replace(config, rank=1), site)
+        twin = place.build(dataclasses.replace(config, rank=1))
     except ConfigError:
         return False
     expected = {key: tuple(item.shape) for key, item in own.items()}
@@ -205,86 +205,43 @@ def _carries(delta: Delta, site: Site) -> bool:
 
 
 @torch.no_grad()
-def _rebuilt(item: _Placed, parts: Triples, rank: int, keep: Keep) -> Delta:
+def _rebuilt(pair: _Pair, triples: Triples, rank: int, keep: Keep) -> Delta:
     """Return the Delta of the new rank, with everything but the pair as it was."""
-    old = item.delta
-    if item.carries:
-        assert isinstance(old.config, LowRankConfig)
-        config = resized(old.config, rank, keep)
-    else:
-        config = resized(as_lora(old.config, item.up.shape[1], old.scale), rank, keep)
-    made = build_like(old, config, item.site)
-    up, down = parts.pair(rank, old.scale / made.scale)
-    if item.carries:
+    old = pair.old
+    config = old.config if pair.carries else plain_config(old, pair.up.shape[1])
+    assert isinstance(config, LowRankConfig)
+    made = pair.place.build(resized(config, rank, keep)).to(pair.up.dtype)
+    if pair.carries:
         tensors = {**dict(made.named_parameters()), **dict(made.named_buffers())}
         for key, value in [*old.named_parameters(), *old.named_buffers()]:
             if key not in ("A", "B"):
                 tensors[key].copy_(value)
         for key, parameter in made.named_parameters():
             parameter.requires_grad_(old.get_parameter(key).requires_grad)
+    up, down = triples.pair(rank, old.scale / made.scale)
     made.get_parameter("B").copy_(up)
     made.get_parameter("A").copy_(down)
     return made
 
 
-def _install(model: nn.Module, name: str, item: _Placed, delta: Delta | None) -> None:
-    """Put a Delta in the place of the old one, or take the site out of the adapter."""
-    host = model.get_submodule(item.path)
-    assert isinstance(host, Host)
-    group, state = host.adapters[name], host.state
-    assert isinstance(group, nn.ModuleDict)
-    if delta is not None:
-        group[item.key] = delta
-        host.refresh()
+def _hand_over(optimizer: torch.optim.Optimizer, pair: _Pair, made: Delta) -> None:
+    """Put the new parameters of a site into the groups of the old ones."""
+    if not pair.carries:
+        first = next(p for module in (pair.old, *pair.old.shared) for p in _trained(module))
+        add(optimizer, made.parameters(), like=first)
         return
-    del group[item.key], state.sites[name][item.key]
-    if not len(group):
-        del host.adapters[name], state.sites[name], state.strengths[name]
-        state.active = tuple(other for other in state.active if other != name)
-    if len(host.adapters):
-        host.refresh()
-    else:
-        release(host)
-
-
-def _hand_over(
-    optimizer: torch.optim.Optimizer, placed: list[_Placed], renewed: list[Delta | None]
-) -> None:
-    """Put the new parameters into the groups of the old ones."""
-    for item, delta in zip(placed, renewed, strict=True):
-        old = [parameter for parameter in item.delta.parameters() if parameter.requires_grad]
-        if delta is not None and item.carries:
-            for name, parameter in delta.named_parameters():
-                carry = None if name in ("A", "B") else _unchanged
-                if parameter.requires_grad:
-                    replace(optimizer, item.delta.get_parameter(name), parameter, carry)
-        else:
-            if delta is not None:
-                add(optimizer, delta.parameters(), like=old[0])
-            drop(optimizer, old)
-    drop(optimizer, _shared_parameters(placed))
-
-
-def _shared_parameters(placed: list[_Placed]) -> list[nn.Parameter]:
-    return [parameter for part in placed[0].delta.shared for parameter in part.parameters()]
+    for key, parameter in made.named_parameters():
+        if parameter.requires_grad:
+            carry = None if key in ("A", "B") else _unchanged
+            replace(optimizer, pair.old.get_parameter(key), parameter, carry)
 
 
 def _unchanged(value: Tensor) -> Tensor:
     return value
 
 
-def _check_held(optimizer: torch.optim.Optimizer, placed: list[_Placed]) -> None:
-    """Refuse an optimiser that lacks a parameter, before anything is changed."""
-    for item in placed:
-        for parameter in item.delta.parameters():
-            if parameter.requires_grad:
-                group_of(optimizer, parameter)
-
-
-def _drop_shared(model: nn.Module, name: str, placed: list[_Placed]) -> None:
-    """Remove the model-level state that plain LoRA has no use for."""
-    if any(item.delta.shared for item in placed):
-        states: nn.ModuleDict = getattr(model, record.SHARED)
-        del states[name]
-        if not len(states):
-            delattr(model, record.SHARED)
+def _remove_shared(model: nn.Module, name: str) -> None:
+    states: nn.ModuleDict = getattr(model, record.SHARED)
+    del states[name]
+    if not len(states):
+        delattr(model, record.SHARED)
