@@ -69,11 +69,13 @@ def adapted_linear(
 ) -> Tensor:
     """Return `x W^T + b` plus the changes in `slots`, whose rows refer to `weight`."""
     bias = with_bias_changes(bias, slots)
+    tokens = x.numel() // x.shape[-1]
+    if mode == "auto" and _contracts(slots, weight, tokens, training):
+        return dense_linear(x, weight, bias, [dense_change(slot) for slot in slots])
     if mode != "dense" and any(slot.delta.update is not None for slot in slots):
         return _with_updates(x, weight, bias, slots, training)
     if mode != "dense" and _rotates(slots):
         return F.linear(_rotated(x, slots[0]), weight, bias)
-    tokens = x.numel() // x.shape[-1]
     changes: list[Change] = []
     # Branches with the same fold and dropout share one input, one product and one saved tensor.
     groups: dict[tuple[int, float], list[Branch]] = {}
@@ -123,7 +125,31 @@ def dense_change(slot: Slot) -> Change:
     ]
     names = [name for name, _ in named]
     tensors = tuple(tensor for _, tensor in named)
-    return Change(partial(_delta_of, modules, names), tensors, slot.strength, slot.rows)
+    build = partial(_delta_of, modules, names)
+    return Change(
+        build, tensors, slot.strength, slot.rows, delta.contract, delta.contract_uses_output
+    )
+
+
+def _contracts(slots: tuple[Slot, ...], weight: Tensor, tokens: int, training: bool) -> bool:
+    """Whether to form the changed weight and to contract its gradient without forming that.
+
+    Of T tokens this takes `2 r out in + T r (in + out)` multiply-adds, and the factor path
+    `3 T r (in + out)`.
+    """
+    out_features, in_features = weight.shape
+    return (
+        tokens * (in_features + out_features) > out_features * in_features
+        and not weight.requires_grad
+        and not torch.compiler.is_compiling()
+        and all(
+            slot.delta.contract is not None
+            and slot.strength == 1.0
+            and not (training and slot.delta.dropout)
+            for slot in slots
+        )
+        and len({slot.rows for slot in slots}) == len(slots)
+    )
 
 
 def _delta_of(

@@ -149,6 +149,12 @@ class Delta(nn.Module):
 
     update: ClassVar[Any] = None
     """Optional method `update(y, x, layer) -> y`: from the layer's output without bias."""
+    contract: ClassVar[Any] = None
+    """Optional method `contract(weight, x, g, dots, *parameters)`: the gradients of all own
+    parameters, in order, from the layer's 2-D input x and output gradient g, without the dense
+    gradient `g^T x` (see `visionlora.ops.dense`). Linear layers."""
+    contract_uses_output: ClassVar[bool] = False
+    """Whether `contract` wants `dots`: `sum_t g * (W + delta(W)) x` per output feature."""
     rotate: ClassVar[Any] = None
     """Optional method `rotate(x) -> x`: linear layers, `(W + delta(W)) x = W rotate(x)`."""
 

@@ -6,10 +6,15 @@ r"""DoRA: weight-decomposed low-rank adaptation (Liu et al. 2024, arXiv 2402.093
 as section 4.3 of the paper has it. m: out, trained, starts at |W|, so that W' = W at first (up to
 rounding). B: out x r = 0, A: r x in uniform in +-1/sqrt(in), s = alpha / r.
 
-Fast path: y = (m / |V|) * (W x + s B A x) + b needs no second product with W, and the row norms
+Few tokens: y = (m / |V|) * (W x + s B A x) + b needs no second product with W, and the row norms
 need no out x in matrix:
 
     |v_i|^2 = |w_i|^2 + 2 s b_i . (A w_i) + s^2 b_i (A A^T) b_i
+
+Many tokens: W' is formed instead, and the backward needs no dense gradient: with c = m / |V|,
+h = x A^T and g = dL/dy,
+
+    dA = s ((g * c) B)^T x,   dB = s (c * g^T h),   dm = sum_t g * (y - b) / m
 
 With dropout only the input of A is dropped, with one base product; PEFT drops the input of W in the
 rescaled term as well, which costs a second base product (derived; the two agree without dropout).
@@ -68,13 +73,41 @@ class DoRA(Delta):
             layer.dropout(x, self.dropout), self.A.to(x.dtype if x.is_floating_point() else y.dtype)
         )
         y = y + layer.up(hidden, (self.scale * self.B).to(hidden.dtype))
-        ratio = self.magnitude / self.row_norms(layer.weight)
+        ratio = self.magnitude / self.row_norms(layer.weight, self.A, self.B)
         return y * layer.per_output(ratio).to(y.dtype)
 
+    contract_uses_output = True
+
+    def contract(
+        self,
+        weight: Float[Tensor, "out in"],
+        x: Float[Tensor, "tokens in"],
+        g: Float[Tensor, "tokens out"],
+        dots: Float[Tensor, " out"] | None,
+        A: Float[Tensor, "rank in"],
+        B: Float[Tensor, "out rank"],
+        m: Float[Tensor, " out"],
+    ) -> tuple[Float[Tensor, "rank in"], Float[Tensor, "out rank"], Float[Tensor, " out"]]:
+        """Return the gradients of A, B and m as the module docstring has them."""
+        norm = self.row_norms(weight, A, B)
+        ratio = (m / norm)[:, None]
+        hidden = g @ (self.scale * ratio * B).to(g.dtype)
+        grad_A = (hidden.t() @ x).to(A.dtype)
+        grad_B = self.scale * ratio * ((x @ A.to(x.dtype).t()).t() @ g).t().to(B.dtype)
+        if dots is None or bool((m.abs() < 1e-6).any()):
+            direction = weight.to(B.dtype) + self.scale * (B @ A)
+            dots, m = ((g.t() @ x).to(B.dtype) * direction).sum(1), norm
+        return grad_A, grad_B, dots.to(B.dtype) / m
+
     @torch.no_grad()
-    def row_norms(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, " out"]:
+    def row_norms(
+        self,
+        weight: Float[Tensor, "out in"],
+        A: Float[Tensor, "rank in"],
+        B: Float[Tensor, "out rank"],
+    ) -> Float[Tensor, " out"]:
         """Return the row norms of V without forming it."""
-        weight, A, B = (_at_least_float(item) for item in (weight, self.A, self.B))
+        weight, A, B = (_at_least_float(item) for item in (weight, A, B))
         cross = ((weight @ A.t()) * B).sum(1)
         gram = ((B @ (A @ A.t())) * B).sum(1)
         base = weight.norm(dim=1).square()

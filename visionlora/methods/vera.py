@@ -98,6 +98,22 @@ class VeRA(Delta):
             self.d[:, None] * bases.A[:, : self.in_features],
         )
 
+    def contract(
+        self,
+        weight: Float[Tensor, "out in"],
+        x: Float[Tensor, "tokens in"],
+        g: Float[Tensor, "tokens out"],
+        dots: Float[Tensor, " out"] | None,
+        b: Float[Tensor, " out"],
+        d: Float[Tensor, " rank"],
+    ) -> tuple[Float[Tensor, " out"], Float[Tensor, " rank"]]:
+        """Return `M d` and `M^T b` for `M = (g^T x A^T) * B`, the gradients of b and d."""
+        bases = self._shared[0]
+        assert isinstance(bases, VeRABases)
+        A, B = bases.A[:, : self.in_features], bases.B[: self.out_features]
+        M = (g.t() @ (x @ A.to(x.dtype).t())).to(B.dtype) * B
+        return M @ d, M.t() @ b
+
     @staticmethod
     def parameter_count(config: Any, out_features: int, in_features: int) -> int:
         """Return r + out."""

@@ -8,7 +8,11 @@ and takes its vector-Jacobian product in weight space:
 
     dx = g W',   dW' = g^T x,   d theta_i = (d D_i / d theta_i)^T s_i dW'
 
-so a step costs full fine-tuning plus two builds and one derivative of the build, for any method.
+so a step costs full fine-tuning plus two builds and one derivative of the build, for any method. A
+method whose parameters need less than all of `dW'` brings its own `contract`, and `dW'` is not
+formed. If that uses the output, the output is kept, which most often its reader keeps anyway; where
+the reader overwrites it in place (a ReLU may), `contract` does without.
+
 The backward is differentiable, for second-order methods.
 """
 
@@ -29,6 +33,16 @@ class Change(NamedTuple):
     tensors: tuple[Tensor, ...]
     scale: float
     rows: tuple[int, int] | None = None
+    contract: Callable[..., tuple[Tensor, ...]] | None = None
+    """`contract(weight, x, g, dots, *tensors)` returns the gradient of each tensor."""
+    uses_output: bool = False
+    """Whether `dots` is wanted: `sum_t g * (y - b)` per output feature (None if it is lost)."""
+
+
+class _Kept:
+    """The output on its way from one node of the graph to the next, during one backward."""
+
+    output: Tensor | None = None
 
 
 def dense_linear(
@@ -56,7 +70,10 @@ def dense_linear(
             changed = changed_weight(weight, changes, [item.tensors for item in changes])
             return F.linear(x, changed.to(x.dtype), None if bias is None else bias.to(x.dtype))
         tensors = [tensor for change in changes for tensor in change.tensors]
-        y = _DenseLinear.apply(x.reshape(-1, x.shape[-1]), weight, bias, changes, *tensors)
+        kept = _Kept()
+        y = _DenseLinear.apply(x.reshape(-1, x.shape[-1]), weight, bias, changes, kept, *tensors)
+        if y.requires_grad and any(change.uses_output for change in changes):
+            y = _KeepOutput.apply(y, kept)
         return y.view(*x.shape[:-1], weight.shape[0])
 
 
@@ -83,32 +100,37 @@ class _DenseLinear(torch.autograd.Function):
     """See the module docstring; x is 2-D here."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, changes, *tensors):  # type: ignore[no-untyped-def]
+    def forward(ctx, x, weight, bias, changes, kept, *tensors):  # type: ignore[no-untyped-def]
         changed = changed_weight(weight, changes, _split(changes, tensors))
-        # needs_input_grad: x, weight, bias, changes, tensors ...
-        trains = ctx.needs_input_grad[1] or any(ctx.needs_input_grad[4:])
-        ctx.changes = changes
-        ctx.save_for_backward(x if trains else None, weight, *tensors)
+        # needs_input_grad: x, weight, bias, changes, kept, tensors ...
+        trains = ctx.needs_input_grad[1] or any(ctx.needs_input_grad[5:])
+        ctx.changes, ctx.kept = changes, kept
+        ctx.save_for_backward(x if trains else None, weight, bias, *tensors)
         return F.linear(x, changed.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
     @staticmethod
     def backward(ctx, g):  # type: ignore[no-untyped-def]
-        x, weight, *tensors = ctx.saved_tensors
+        x, weight, bias, *tensors = ctx.saved_tensors
         needs = ctx.needs_input_grad
+        output, ctx.kept.output = ctx.kept.output, None
         again = torch.is_grad_enabled()  # a second derivative is wanted
         sources = [weight, *tensors]
         if not again:
-            wanted = (needs[1], *needs[4:])
+            wanted = (needs[1], *needs[5:])
             sources = [
                 item.detach().requires_grad_(need)
                 for item, need in zip(sources, wanted, strict=True)
             ]
+        own = _split(ctx.changes, sources[1:])
+        contracts = all(item.contract is not None for item in ctx.changes) and not needs[1]
         with torch.autocast(g.device.type, enabled=False):
-            with torch.enable_grad():
-                changed = changed_weight(sources[0], ctx.changes, _split(ctx.changes, sources[1:]))
+            with torch.set_grad_enabled(again or (x is not None and not contracts)):
+                changed = changed_weight(sources[0], ctx.changes, own)
             grad_x = g @ (changed if again else changed.detach()).to(g.dtype) if needs[0] else None
             grads: list[Any] = [None] * len(sources)
-            if x is not None:
+            if x is not None and contracts:
+                grads[1:] = _contracted(ctx.changes, weight, bias, x, g, output, own)
+            elif x is not None:
                 inputs = [index for index, item in enumerate(sources) if item.requires_grad]
                 found = torch.autograd.grad(
                     changed,
@@ -120,7 +142,49 @@ class _DenseLinear(torch.autograd.Function):
                 for index, gradient in zip(inputs, found, strict=True):
                     grads[index] = gradient
             grad_bias = g.sum(0) if needs[2] else None
-        return grad_x, grads[0], grad_bias, None, *grads[1:]
+        return grad_x, grads[0], grad_bias, None, None, *grads[1:]
+
+
+class _KeepOutput(torch.autograd.Function):
+    """Hand the output to the backward of `_DenseLinear`, unless it was overwritten meanwhile."""
+
+    @staticmethod
+    def forward(ctx, y, kept):  # type: ignore[no-untyped-def]
+        ctx.kept = kept
+        ctx.mark_dirty(y)
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    def backward(ctx, g):  # type: ignore[no-untyped-def]
+        try:
+            (ctx.kept.output,) = ctx.saved_tensors
+        except RuntimeError:  # torch's refusal of a saved tensor that was changed in place
+            ctx.kept.output = None
+        return g, None
+
+
+def _contracted(
+    changes: list[Change],
+    weight: Tensor,
+    bias: Tensor | None,
+    x: Tensor,
+    g: Tensor,
+    output: Tensor | None,
+    tensors: list[tuple[Tensor, ...]],
+) -> list[Tensor]:
+    """Return the gradients of all tensors without forming that of the weight."""
+    dots = None
+    if output is not None:
+        dots = (g * output).sum(0)
+        dots = dots if bias is None else dots - bias.to(g.dtype) * g.sum(0)
+    gradients: list[Tensor] = []
+    for change, own in zip(changes, tensors, strict=True):
+        assert change.contract is not None
+        rows = slice(*change.rows) if change.rows else slice(None)
+        part = None if dots is None else dots[rows]
+        gradients.extend(change.contract(weight[rows], x, g[:, rows], part, *own))
+    return gradients
 
 
 def _split(changes: list[Change], tensors: Any) -> list[tuple[Tensor, ...]]:
