@@ -76,15 +76,10 @@ def prepare_adapter(
         _check_routed(config, site, used)
     for config in dict.fromkeys(config for _, config in plan):
         config.check_plan([site for site, other in plan if other == config])
-    shared = _build_shared(plan)
-    if shared is not None:
-        site = plan[0][0]
-        module = modules[site.module]
-        weight = stored(module, parameter_name(module, site.key))
-        shared.to(weight.device, _adapter_dtype(weight))
+    shared = build_shared(modules[plan[0][0].module], plan) if plan else None
     deltas: dict[str, dict[str, tuple[Site, Delta]]] = {}
     for site, config in plan:
-        delta = _build_delta(modules[site.module], site, config, shared)
+        delta = build_delta(modules[site.module], site, config, shared)
         deltas.setdefault(site.module, {})[site.key] = (site, delta)
     return PreparedAdapter(name, deltas, hosts, shared)
 
@@ -114,8 +109,13 @@ def refuse_merged(model: nn.Module, what: str) -> None:
         raise AdapterStateError(f"the model is merged: unmerge before you {what}")
 
 
-def _build_shared(plan: list[tuple[Site, AdapterConfig]]) -> Shared | None:
-    """Build the model-level state, if the method has one."""
+def build_shared(module: nn.Module, plan: list[tuple[Site, AdapterConfig]]) -> Shared | None:
+    """Build the model-level state, if the method has one.
+
+    Args:
+        module: the layer of the first site, whose device and type it gets.
+        plan: all sites with their configurations.
+    """
     configs = [
         config
         for config in dict.fromkeys(config for _, config in plan)
@@ -125,13 +125,16 @@ def _build_shared(plan: list[tuple[Site, AdapterConfig]]) -> Shared | None:
         raise ConfigError("an adapter with shared tensors has one configuration, not several")
     for config in configs:
         kind = cast(type[Shared], get_method(config.method).shared)
-        return kind(config, [site for site, other in plan if other == config])
+        shared = kind(config, [site for site, other in plan if other == config])
+        weight = stored(module, parameter_name(module, plan[0][0].key))
+        return shared.to(weight.device, _adapter_dtype(weight))
     return None
 
 
-def _build_delta(
+def build_delta(
     module: nn.Module, site: Site, config: AdapterConfig, shared: Shared | None
 ) -> Delta:
+    """Build one Delta with its initial values, on the device of its weight."""
     weight = stored(module, parameter_name(module, site.key)).detach()
     delta = get_method(config.method).delta(config, site, shared).to(_adapter_dtype(weight))
     delta.reset_parameters(view_of(weight, site), named_generator(config.seed, site.name))

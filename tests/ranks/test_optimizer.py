@@ -126,6 +126,14 @@ def test_moving_keeps_state_and_changes_only_what_is_said(running):
     assert not torch.equal(B, before)
 
 
+def test_moving_from_several_groups_keeps_their_rates_apart(running):
+    optimizer, (A, B, g) = running
+    made = move(optimizer, [g, A], weight_decay=0.25)
+    assert held(optimizer) == [[id(B)], [id(A)], [id(g)]]
+    assert [group["lr"] for group in made] == [0.1, 0.3]
+    assert [group["weight_decay"] for group in made] == [0.25, 0.25]
+
+
 def test_moving_everything_leaves_no_empty_group(running):
     optimizer, tensors = running
     move(optimizer, tensors)
@@ -135,7 +143,11 @@ def test_moving_everything_leaves_no_empty_group(running):
 def test_a_parameter_that_is_not_there_is_refused_and_nothing_changes(running):
     optimizer, _ = running
     before = held(optimizer)
-    for change in (lambda a, b: replace(optimizer, a, b), lambda a, b: add(optimizer, [b], a)):
+    for change in (
+        lambda a, b: replace(optimizer, a, b),
+        lambda a, b: add(optimizer, [b], a),
+        lambda a, b: move(optimizer, [a, b]),
+    ):
         with pytest.raises(ConfigError, match="does not hold the parameter of shape"):
             change(*parameters((2,), (2,)))
         assert held(optimizer) == before

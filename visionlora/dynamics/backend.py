@@ -20,6 +20,9 @@ class Backend(Protocol):
     def backward(self, loss: torch.Tensor) -> None:
         """Run the backward of one loss, scaled if the precision needs it."""
 
+    def loss_scale(self) -> float:
+        """Return what `unscale` divides the gradients by."""
+
     def unscale(self, optimizer: torch.optim.Optimizer) -> None:
         """Divide the gradients by the loss scale."""
 
@@ -47,6 +50,10 @@ class PlainBackend:
     def backward(self, loss: torch.Tensor) -> None:
         """Run the backward of the loss."""
         torch.autograd.backward(loss)
+
+    def loss_scale(self) -> float:
+        """Return 1: losses are not scaled."""
+        return 1.0
 
     def unscale(self, optimizer: torch.optim.Optimizer) -> None:
         """Leave the gradients as they are."""

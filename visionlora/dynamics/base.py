@@ -2,7 +2,9 @@
 
 ```
 on_step_begin      before the first forward: masks, noise seeds, perturbations
-  (forward and backward over all micro-batches; gradients unscaled and averaged over processes)
+  (forward over a micro-batch)
+penalty            once per micro-batch: a term that is added to its loss
+  (backward; after the last one gradients are unscaled and averaged over processes)
 second_pass        for the one dynamics that wants it: may call `context.backward_again()`
 on_grads_ready     gradients are final up to clipping
   (clipping)
@@ -13,6 +15,7 @@ on_step_end        always, also after a skipped step, so that a perturbation can
 ```
 
 A step with a non-finite loss or gradient goes from its backward straight to `on_step_end`.
+Dynamics run in the given order, those with `controls` before all others.
 """
 
 from collections.abc import Callable
@@ -21,6 +24,10 @@ from typing import Any
 
 import torch
 from torch import nn
+
+
+def _unchanged(value: torch.Tensor) -> torch.Tensor:
+    return value
 
 
 @dataclass
@@ -41,6 +48,14 @@ class StepContext:
     """Global gradient norm before clipping, known after the backward."""
     skipped: bool = False
     """Whether the step was given up because of a non-finite loss or gradient."""
+    micro_batch: int = 0
+    """Index of the micro-batch that `penalty` is asked for."""
+    loss_scale: float = 1.0
+    """What a gradient is divided by after the backward, for those who look at one inside it."""
+    mean: Callable[[torch.Tensor], torch.Tensor] = _unchanged
+    """The mean of a tensor over all processes; every process must ask for it."""
+    changed: bool = False
+    """Set by who replaces, adds, removes, freezes or thaws parameters in `on_step_end`."""
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -63,9 +78,15 @@ class Dynamics:
     """Key of the state in a checkpoint; unique within a run."""
     wants_second_pass: bool = False
     """Whether `second_pass` is called; at most one dynamics of a run may ask for it."""
+    controls: bool = False
+    """Whether it decides which parameters there are, and so comes before those that edit them."""
 
     def on_step_begin(self, context: StepContext) -> None:
         """Act before the first forward."""
+
+    def penalty(self, context: StepContext) -> torch.Tensor | None:
+        """Return a term that is added to the loss of a micro-batch, or None."""
+        return None
 
     def second_pass(self, context: StepContext) -> None:
         """Compute gradients a second time and combine them with the first."""

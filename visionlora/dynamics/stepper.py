@@ -32,6 +32,8 @@ class StepReport:
     loss: float
     grad_norm: float
     skipped: bool
+    changed: bool = False
+    """Whether the set of parameters changed, so that a data-parallel wrapper must be renewed."""
 
 
 class Stepper:
@@ -40,7 +42,7 @@ class Stepper:
     Args:
         model: the model as it is called, inside its data-parallel wrapper if it has one.
         optimizer: the plain optimiser.
-        dynamics: run in the given order at every event.
+        dynamics: run in the given order at every event, those that control parameters first.
         backend: precision and processes; one process in full precision by default.
         clip_norm: largest global gradient norm, or None for no clipping.
         max_skipped: how many non-finite steps in a row end the training.
@@ -65,7 +67,7 @@ class Stepper:
             raise NeverTrainedError("the optimizer holds no trainable parameter")
         self.model = model
         self.optimizer = optimizer
-        self.dynamics = tuple(dynamics)
+        self.dynamics = tuple(sorted(dynamics, key=lambda item: not item.controls))
         self.backend: Backend = PlainBackend() if backend is None else backend
         self.clip_norm = clip_norm
         self.max_skipped = max_skipped
@@ -91,31 +93,41 @@ class Stepper:
                 raise ConfigError("only a dynamics with wants_second_pass may run the model again")
             with replay:
                 self.optimizer.zero_grad(set_to_none=True)
-                self._accumulate(micro_batches, loss_fn)
+                self._accumulate(context, micro_batches, loss_fn)
                 self.backend.unscale(self.optimizer)
 
-        context = StepContext(self.steps, self.model, self.optimizer, replay=again)
+        context = StepContext(
+            self.steps,
+            self.model,
+            self.optimizer,
+            replay=again,
+            loss_scale=self.backend.loss_scale(),
+            mean=self.backend.mean,
+        )
         for dynamics in self.dynamics:
             dynamics.on_step_begin(context)
         if replay is not None:
             replay.remember()
-        context.loss = self._accumulate(micro_batches, loss_fn)
+        context.loss = self._accumulate(context, micro_batches, loss_fn)
         self.backend.unscale(self.optimizer)
         context.grad_norm = self._gradient_norm()
         context.skipped = not (math.isfinite(context.loss) and math.isfinite(context.grad_norm))
         if not context.skipped:
+            self._check_reach()
             self._prepare_gradients(context)
         if context.skipped:
             self.backend.skip()
         else:
-            self._check_reach()
             self.backend.step(self.optimizer)
         for dynamics in self.dynamics:
             dynamics.on_step_end(context)
         self.optimizer.zero_grad(set_to_none=True)
+        self._reach_checked = self._reach_checked and not context.changed
         return self._account(context)
 
-    def _accumulate(self, micro_batches: Sequence[Any], loss_fn: LossFn) -> float:
+    def _accumulate(
+        self, context: StepContext, micro_batches: Sequence[Any], loss_fn: LossFn
+    ) -> float:
         """Run forward and backward over all micro-batches and return the mean loss."""
         count = len(micro_batches)
         total: torch.Tensor | None = None
@@ -125,6 +137,10 @@ class Stepper:
                 with self.backend.autocast():
                     loss = loss_fn(batch)
                 _check_loss(loss)
+                context.micro_batch = index
+                for dynamics in self.dynamics:
+                    penalty = dynamics.penalty(context)
+                    loss = loss if penalty is None else loss + penalty
                 self.backend.backward(loss / count)
             part = _widened(loss.detach()) / count
             total = part if total is None else total + part
@@ -184,7 +200,9 @@ class Stepper:
     def _account(self, context: StepContext) -> StepReport:
         assert context.loss is not None
         assert context.grad_norm is not None
-        report = StepReport(self.steps, context.loss, context.grad_norm, context.skipped)
+        report = StepReport(
+            self.steps, context.loss, context.grad_norm, context.skipped, context.changed
+        )
         self.steps += 1
         self.skipped += context.skipped
         self._skipped_in_a_row = self._skipped_in_a_row + 1 if context.skipped else 0

@@ -83,24 +83,30 @@ def add(
 
 def move(
     optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter], **options: Any
-) -> Group:
-    """Give parameters a group of their own, keeping their state, and return it."""
+) -> list[Group]:
+    """Give parameters groups of their own, one for each group they come from; their state stays.
+
+    Args:
+        optimizer: holds the parameters.
+        parameters: tensors that are to share no group with others.
+        **options: options that differ, such as `weight_decay`; an `lr` is the rate at multiplier 1.
+    """
     moved = list(parameters)
-    states = {item: optimizer.state[item] for item in moved if item in optimizer.state}
     ids = {id(item) for item in moved}
-    options = {
-        **{k: v for k, v in group_of(optimizer, moved[0]).items() if k != "params"},
-        **options,
-    }
+    for item in moved:
+        group_of(optimizer, item)
     if "lr" in options:
         options["initial_lr"] = options["lr"]
+    kept, made = [], []
     for group in optimizer.param_groups:
-        group["params"] = [item for item in group["params"] if id(item) not in ids]
-    optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
-    optimizer.add_param_group({**options, "params": moved})
-    for item, state in states.items():
-        optimizer.state[item] = state
-    return optimizer.param_groups[-1]
+        own = [item for item in group["params"] if id(item) in ids]
+        rest = [item for item in group["params"] if id(item) not in ids]
+        if own:
+            made.append({**group, **options, "params": own})
+        if rest:
+            kept.append({**group, "params": rest})
+    optimizer.param_groups[:] = kept + made
+    return made
 
 
 def group_of(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> Group:

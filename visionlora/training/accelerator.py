@@ -128,6 +128,11 @@ class AcceleratorBackend:
         scaler = self.accelerator.scaler
         torch.autograd.backward(loss if scaler is None else scaler.scale(loss))
 
+    def loss_scale(self) -> float:
+        """Return the loss scale, 1 without one."""
+        scaler = self.accelerator.scaler
+        return 1.0 if scaler is None else float(scaler.get_scale())
+
     def unscale(self, optimizer: torch.optim.Optimizer) -> None:
         """Divide the gradients by the loss scale."""
         scaler = self.accelerator.scaler

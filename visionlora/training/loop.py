@@ -9,6 +9,8 @@ import torch
 from torch import nn
 
 from visionlora.dynamics import Dynamics, Stepper, StepReport
+from visionlora.ranks import controllers_of, finalize
+from visionlora.ranks.optimizer import set_rates
 from visionlora.training.accelerator import AcceleratorBackend
 from visionlora.training.interrupt import DeferredInterrupt
 from visionlora.training.progress import Progress
@@ -51,8 +53,14 @@ def fit(
     *,
     dynamics: Sequence[Dynamics] = (),
     schedule: Schedule | None = None,
+    held_out: Callable[[int], Any] | None = None,
 ) -> FitResult:
     """Train the parameters of `optimizer` and leave the model, in place, as trained.
+
+    Methods that allocate rank bring their controllers, which may replace, add and remove parameters
+    while training; at the end their sites become plain LoRA of the ranks they got (see
+    `visionlora.finalize`), so that what is saved is what was trained. The optimiser then holds
+    parameters that are no longer in the model.
 
     The model is moved to the device; its train or eval mode is the caller's. The global random
     generators are seeded with `settings.seed` plus the rank, and put back at the end.
@@ -73,6 +81,9 @@ def fit(
             the newest undamaged checkpoint.
         dynamics: callbacks around every step.
         schedule: multiplier of the learning rates as a function of the step.
+        held_out: like `batches`, over examples that `batches` never returns, for the steps of
+            methods that search on held-out data (DiffoRA); without it those steps get the next
+            batches of `batches`, which are then only held out from the steps before.
 
     Raises:
         NeverTrainedError: a trainable tensor is not optimised or the loss does not reach it.
@@ -84,7 +95,7 @@ def fit(
         before = random_state(backend.device)
         try:
             trainer = _Trainer(model, optimizer, loss_fn, settings, run, dynamics, backend)
-            return trainer.train(batches, schedule or constant())
+            return trainer.train(batches, held_out or batches, schedule or constant())
         finally:
             restore_random_state(before, backend.device)
 
@@ -103,17 +114,18 @@ class _Trainer:
         backend: AcceleratorBackend,
     ) -> None:
         model.to(backend.device)
+        self.model = model
+        self.optimizer = optimizer
+        self.controllers = controllers_of(model, optimizer, settings.steps)
         self.trained = TrainedState(model, optimizer)
-        self.wrapped = backend.wrap(model)
         self.stepper = Stepper(
-            self.wrapped,
+            model,
             optimizer,
-            dynamics=dynamics,
+            dynamics=[*self.controllers, *dynamics],
             backend=backend,
             clip_norm=settings.clip_norm,
             max_skipped=settings.max_skipped,
         )
-        self.optimizer = optimizer
         self.loss_fn = loss_fn
         self.settings = settings
         self.run = run
@@ -124,10 +136,16 @@ class _Trainer:
             group.setdefault("initial_lr", group["lr"])
         seed_everything(settings.seed + backend.rank)
         self.resumed_from = self._resume() if run.resume else None
+        self.wrapped = self._wrap()
         if settings.checkpoint_every and backend.rank == 0:
             run.reserve(self.trained.size())
 
-    def train(self, batches: Callable[[int], Any], schedule: Schedule) -> FitResult:
+    def train(
+        self,
+        batches: Callable[[int], Any],
+        held_out: Callable[[int], Any],
+        schedule: Schedule,
+    ) -> FitResult:
         settings, backend, stepper = self.settings, self.backend, self.stepper
         start = stepper.steps
         backend.start_tracker(start)
@@ -137,8 +155,12 @@ class _Trainer:
                 began = time.perf_counter()
                 rate = self._set_rate(schedule(step))
                 first = step * settings.accumulate
-                micro = [batches(first + index) for index in range(settings.accumulate)]
+                apart = any(item.held_out(step) for item in self.controllers)
+                source = held_out if apart else batches
+                micro = [source(first + index) for index in range(settings.accumulate)]
                 report = stepper.step(micro, self._loss)
+                if report.changed:
+                    self.wrapped = self._wrap()
                 self.seconds += time.perf_counter() - began
                 self._record(report, rate)
                 shown.update(stepper.steps, report.loss, rate)
@@ -148,6 +170,8 @@ class _Trainer:
                     self._save()
                 if stop:
                     raise KeyboardInterrupt
+        if self.controllers:
+            finalize(self.model)
         return FitResult(
             steps=stepper.steps,
             loss=self.window.latest,
@@ -157,13 +181,17 @@ class _Trainer:
             resumed_from=self.resumed_from,
         )
 
+    def _wrap(self) -> nn.Module:
+        """Return what is to be called, made for the parameters that there are now."""
+        self.stepper.model = self.backend.wrap(self.model)
+        return self.stepper.model
+
     def _loss(self, batch: Any) -> torch.Tensor:
         return self.loss_fn(self.wrapped, self.backend.place(batch))
 
     def _set_rate(self, multiplier: float) -> float:
         """Set the learning rate of every group and return that of the first."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * multiplier
+        set_rates(self.optimizer, self.stepper.steps, multiplier)
         return float(self.optimizer.param_groups[0]["lr"])
 
     def _record(self, report: StepReport, rate: float) -> None:
