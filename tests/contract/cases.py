@@ -344,14 +344,26 @@ def deltas_of(model: nn.Module, name: str = "default") -> dict[str, Delta]:
 
 
 def changed_weights(
-    model: nn.Module, kind: Kind, base: nn.Module, strengths: dict[str, float] | None = None
+    model: nn.Module,
+    kind: Kind,
+    base: nn.Module,
+    strengths: dict[str, float] | None = None,
+    *,
+    detach: bool = True,
 ) -> dict[str, Tensor]:
-    """Return `{parameter name: W + sum of delta(W)}`, differentiable in all trainables."""
-    result = {name: parameter.detach() for name, parameter in base.layer.named_parameters()}
+    """Return `{parameter name: W + sum of delta(W)}`, differentiable in all trainables.
+
+    It is differentiable in the weights of the base as well if they are not detached.
+    """
+    weights = {
+        name: parameter.detach() if detach else parameter
+        for name, parameter in base.layer.named_parameters()
+    }
+    result = dict(weights)
     for adapter, strength in (strengths or {"default": 1.0}).items():
         for key, delta in deltas_of(model, adapter).items():
             parameter, rows = kind.views[key]
-            frozen = base.layer.get_parameter(parameter).detach()
+            frozen = weights[parameter]
             whole = torch.zeros_like(frozen)
             if kind.indices:
                 change = delta.delta(frozen.t()).t()

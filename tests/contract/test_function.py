@@ -15,6 +15,7 @@ from tests.contract.cases import (
     MATRICES,
     adapted,
     assert_unchanged,
+    changed_weights,
     definition,
     deltas_of,
     gradients,
@@ -178,13 +179,7 @@ def check_base_gradients(config, kind, mode):
     # The definition as a function of the base: the same deltas around weights that need a gradient.
     base = kind.model()
     weights = dict(base.layer.named_parameters())
-    changed = dict(weights)
-    for key, delta in deltas_of(model).items():
-        name, rows = kind.views[key]
-        own = weights[name][rows]
-        part = delta.delta(own.reshape(len(own), -1)).reshape(own.shape)
-        index = torch.arange(len(weights[name]))[rows]
-        changed[name] = changed[name] + torch.zeros_like(weights[name]).index_add(0, index, part)
+    changed = changed_weights(model, kind, base, detach=False)
     output = torch.func.functional_call(
         base, {f"layer.{name}": item for name, item in changed.items()}, inputs
     )

@@ -88,11 +88,12 @@ class BOFT(Delta):
 
     def delta(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
         """Return W' - W."""
-        weight = weight.to(torch.promote_types(weight.dtype, self.Q.dtype))
+        rotations = self.rotations()
+        weight = weight.to(torch.promote_types(weight.dtype, rotations.dtype))
         if self.kind == "embedding":
             return self._rotate_output(weight.t()).t() - weight
         rotated = weight
-        for level, blocks in enumerate(self.rotations()):
+        for level, blocks in enumerate(rotations):
             rotated = rotate_butterfly(rotated, blocks.mT, level)
         return self.s[:, None] * rotated - weight
 

@@ -25,7 +25,8 @@ def skew(values: Float[Tensor, "*batch entries"], block: int) -> Float[Tensor, "
 
 
 def cayley(Q: Float[Tensor, "*batch b b"]) -> Float[Tensor, "*batch b b"]:
-    """Return R(Q); exactly the identity for Q = 0."""
+    """Return R(Q), in at least float32; exactly the identity for Q = 0."""
+    Q = Q if Q.dtype == torch.float64 else Q.float()  # no linear solve in half precision
     eye = torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device)
     return torch.linalg.solve(eye - Q, eye + Q)
 
