@@ -11,9 +11,10 @@ sum is one product, `Delta W = s U V`, and its rank reaches m. A smaller r has m
 A and all B are one pair for the whole model, as large as its largest sites and sliced for the
 others, drawn from one seeded generator, A first, with unit variance: uniform, or -1, 0, +1 with
 P(-1) = P(+1) = 1 / 2q before scaling, q = 3 (`sparse`) or sqrt(m) (`very-sparse`). The variance is
-that of the law, not of the sample (derived). A column of a sparse A may be all zero, with
-probability (1 - 1/q)^r, and its feature then never changes: sparse bases want a large r. `layout="peft"` pairs the columns of U in (n, k) order
-with the rows of V in (k, n) order, as PEFT does: another draw of the same law.
+that of the law, not of the sample (derived). A column of a sparse A is all zero with probability
+(1 - 1/q)^r, and its feature then never changes: sparse bases want a large r. `layout="peft"` pairs
+the columns of U in (n, k) order with the rows of V in (k, n) order, as PEFT does: another draw of
+the same law.
 
 Initial values: Lambda = 0 and Gamma = 1 / max(N, m); `init="gamma"`: Gamma = 0 and
 Lambda = 1 / max(N, r), as in the vision code. The change starts at zero. s = alpha / r with

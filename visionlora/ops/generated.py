@@ -54,13 +54,14 @@ def _pieces(count: int, entries: int, seed: int, chunk: int) -> Iterator[tuple[i
         yield start, piece.uniform_(-1, 1, generator=generator)
 
 
+# Sizes may be symbols while a compiler traces, so they are not annotated as numbers here.
 @combine_generated.register_fake
-def _(coefficients: Tensor, height: int, width: int, seed: int, chunk: int) -> Tensor:
+def _(coefficients: Tensor, height: Any, width: Any, seed: Any, chunk: Any) -> Tensor:
     return coefficients.new_empty(coefficients.shape[0], height, width)
 
 
 @project_generated.register_fake
-def _(matrices: Tensor, terms: int, seed: int, chunk: int) -> Tensor:
+def _(matrices: Tensor, terms: Any, seed: Any, chunk: Any) -> Tensor:
     return matrices.new_empty(matrices.shape[0], terms)
 
 
