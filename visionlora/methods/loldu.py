@@ -102,6 +102,11 @@ class LoLDU(Delta):
         """Whether the change starts at zero."""
         return self.options.init == "lu"
 
+    @property
+    def seeded(self) -> bool:  # type: ignore[override]
+        """Whether the initial values depend on the seed."""
+        return self.options.init in ("normal", "uniform", "s_normal", "s_uniform")
+
     @torch.no_grad()
     def reset_parameters(self, weight: Float[Tensor, "out in"], generator: torch.Generator) -> None:
         """Decompose the weight and set z (and s)."""

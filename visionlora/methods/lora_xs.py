@@ -63,6 +63,11 @@ class LoRAXS(Delta):
         """Whether the change starts at zero."""
         return self.options.init == "zero"
 
+    @property
+    def seeded(self) -> bool:  # type: ignore[override]
+        """Whether the initial values depend on the seed."""
+        return self.options.init == "normal"
+
     @torch.no_grad()
     def reset_parameters(self, weight: Float[Tensor, "out in"], generator: torch.Generator) -> None:
         """Decompose the weight and set R."""
