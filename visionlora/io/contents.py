@@ -104,8 +104,15 @@ def base_figures(model: nn.Module, sites: Iterable[Site]) -> dict[str, list[floa
 
 
 def fingerprint(tensor: Tensor) -> list[float]:
-    """Return the first eight values of a seeded tensor."""
-    return [float(value) for value in tensor.detach().reshape(-1)[:8].float().cpu()]
+    """Return the first eight values of a seeded tensor, then a weighted sum of all of them.
+
+    The sum tells apart tensors that differ only further on, such as factors of a weight whose rows
+    were permuted in another order.
+    """
+    flat = tensor.detach().reshape(-1).to("cpu", torch.float64)
+    weights = torch.arange(1, len(flat) + 1, dtype=torch.float64).cos()
+    picked = torch.cat([flat[:8], (flat @ weights / max(len(flat), 1) ** 0.5)[None]])
+    return [float(value) for value in picked.float()]
 
 
 def refuse_non_finite(tensors: dict[str, Tensor], where: str) -> None:
