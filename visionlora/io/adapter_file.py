@@ -71,7 +71,8 @@ def parse_adapter(path: Path, description: str, tensors: dict[str, Tensor]) -> A
         configs = [_read_config(item) for item in header["configs"]]
         plan = [(_read_site(item), configs[index]) for item, index in header["sites"]]
         frozen = {key: _numbers(item) for key, item in header["frozen"].items()}
-        base = {site.name: _numbers(header["base"][site.name], 4) for site, _ in plan}
+        there = dict(header["base"])  # empty where a file was converted without its base model
+        base = {site.name: _numbers(there[site.name], 4) for site, _ in plan if there}
         file = AdapterFile(path, plan, tensors, frozen, base)
     except AdapterFileError:
         raise

@@ -96,11 +96,15 @@ def base_figures(model: nn.Module, sites: Iterable[Site]) -> dict[str, list[floa
         module = model.get_submodule(site.module)
         name = parameter_name(module, site.key)
         kept = getattr(getattr(module, "state", None), "originals", None) or {}
-        weight = view_of(kept.get(name, stored(module, name)).detach(), site).float()
-        flat = weight.reshape(-1)
-        picked = torch.stack([weight.norm(), flat[0], flat[flat.numel() // 2], flat[-1]])
-        figures[site.name] = [float(value) for value in picked]
+        figures[site.name] = figures_of(view_of(kept.get(name, stored(module, name)), site))
     return figures
+
+
+def figures_of(weight: Tensor) -> list[float]:
+    """Return norm, first, middle and last value of a weight view."""
+    flat = weight.detach().float().reshape(-1)
+    picked = torch.stack([flat.norm(), flat[0], flat[flat.numel() // 2], flat[-1]])
+    return [float(value) for value in picked]
 
 
 def fingerprint(tensor: Tensor) -> list[float]:

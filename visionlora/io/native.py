@@ -19,8 +19,10 @@ from visionlora.build import PreparedAdapter, install, prepare_adapter, refuse_m
 from visionlora.errors import AdapterFileError, AdapterStateError, VisionLoraError
 from visionlora.hosts import find_adapter
 from visionlora.io import checks, contents
-from visionlora.io.adapter_file import read_adapter, write_description
+from visionlora.io.adapter_file import write_description
 from visionlora.io.atomic import write_atomically
+from visionlora.io.known import ModelLayers
+from visionlora.io.opening import open_adapter
 from visionlora.record import adapter_names
 
 
@@ -65,11 +67,13 @@ def save(
 def load(
     model: nn.Module, path: str | Path, *, name: str = "default", check_base: bool = True
 ) -> nn.Module:
-    """Load an adapter file: inject its adapter if the model lacks it, then set all values.
+    """Load an adapter: inject it if the model lacks it, then set all values.
+
+    The file shows what it is: one of our own, or an adapter of PEFT (its folder, or either file).
 
     Args:
         model: the base model, or one that already has an adapter `name` on the same sites.
-        path: a file written by `save`.
+        path: a file written by `save`, or a PEFT folder or file.
         name: name that the adapter gets in this model.
         check_base: refuse a base model whose adapted weights differ from those trained on.
 
@@ -77,7 +81,7 @@ def load(
         AdapterFileError: the file is unreadable, truncated, inconsistent, or for another model; the
             model is untouched.
     """
-    file = read_adapter(path)
+    file = open_adapter(path, ModelLayers(model))
     checks.check_sites(model, file)
     if check_base:
         checks.check_base(model, file)
