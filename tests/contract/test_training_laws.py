@@ -35,8 +35,9 @@ def test_the_trainable_count_is_the_closed_form(config, kind):
     # and the sites are the rows of the stored weights that the kind declares
     for key, site in host_of(model).state.sites["default"].items():
         name, rows = kind.views[key]
-        shape = kind.model().layer.get_parameter(name)[rows].flatten(1).shape
-        assert (site.out_features, site.in_features) == (tuple(shape)[:: -1 if kind.indices else 1])
+        own = kind.model().layer.get_parameter(name)[rows]
+        shape = tuple(own.reshape(len(own), -1).shape)
+        assert (site.out_features, site.in_features) == shape[:: -1 if kind.indices else 1]
 
 
 @pairs(DEFAULTS, KINDS)

@@ -38,6 +38,8 @@ class BitFitConfig(AdapterConfig):
 class BitFit(Delta):
     """A trained change of the bias."""
 
+    seeded: ClassVar[bool] = False
+
     def __init__(self, config: BitFitConfig, site: Site, shared: Shared | None = None) -> None:
         super().__init__(config, site, shared)
         self.in_features = site.in_features

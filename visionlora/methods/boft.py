@@ -68,6 +68,8 @@ class BOFTConfig(AdapterConfig):
 class BOFT(Delta):
     """A butterfly of rotations of the input and a scale per output."""
 
+    seeded: ClassVar[bool] = False
+
     def __init__(self, config: BOFTConfig, site: Site, shared: Shared | None = None) -> None:
         super().__init__(config, site, shared)
         self.options = config

@@ -36,6 +36,8 @@ class FullConfig(AdapterConfig):
 class Full(Delta):
     """A trained matrix of the weight's own size."""
 
+    seeded: ClassVar[bool] = False
+
     def __init__(self, config: FullConfig, site: Site, shared: Shared | None = None) -> None:
         super().__init__(config, site, shared)
         self.D = nn.Parameter(torch.empty(site.out_features, site.in_features))

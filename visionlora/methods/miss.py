@@ -83,6 +83,8 @@ class MiSSConfig(AdapterConfig):
 class MiSS(Delta):
     """One matrix that all shards of the input share."""
 
+    seeded: ClassVar[bool] = False
+
     def __init__(self, config: MiSSConfig, site: Site, shared: Shared | None = None) -> None:
         super().__init__(config, site, shared)
         self.options = config

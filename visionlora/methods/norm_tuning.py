@@ -31,6 +31,8 @@ class NormConfig(AdapterConfig):
 class Norm(Delta):
     """A trained change of the affine part of a norm."""
 
+    seeded: ClassVar[bool] = False
+
     def __init__(self, config: NormConfig, site: Site, shared: Shared | None = None) -> None:
         super().__init__(config, site, shared)
         self.g = nn.Parameter(torch.empty(site.out_features))

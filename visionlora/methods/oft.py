@@ -70,6 +70,8 @@ class OFTConfig(AdapterConfig):
 class OFT(Delta):
     """A block-diagonal rotation of the input."""
 
+    seeded: ClassVar[bool] = False
+
     def __init__(self, config: OFTConfig, site: Site, shared: Shared | None = None) -> None:
         super().__init__(config, site, shared)
         self.options = config
