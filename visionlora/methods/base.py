@@ -16,7 +16,7 @@ merged, read as a weight, or exported.
 A Delta knows nothing of devices, dtypes, quantisation, merging or files: hosts and io own those.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -170,6 +170,14 @@ class Delta(nn.Module):
         """Return which ranks of `factors` are left when training is over.
 
         The site then becomes plain LoRA of that rank. None (the default): it stays as it is.
+        """
+        return None
+
+    def settled(self, build: Callable[[AdapterConfig], "Delta"]) -> "Delta | None":
+        """Return what takes this Delta's place when training is over, if it is not plain LoRA.
+
+        Args:
+            build: makes a Delta of another configuration for the same site.
         """
         return None
 

@@ -38,8 +38,11 @@ def finalize(model: nn.Module) -> nn.Module:
                 "in training; lower the pressure (threshold, budget) or train longer"
             )
     for place, kept in found:
+        settled = place.delta.settled(place.build) if kept is None else None
         if kept is not None:
             _settle(place, kept)
+        elif settled is not None:
+            place.put(settled)
     return model
 
 
