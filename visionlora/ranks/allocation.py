@@ -1,14 +1,19 @@
 """How a wanted size becomes ranks: one rank, a share of energy per site, or one budget for all."""
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from jaxtyping import Float
 from torch import Tensor
 
+from visionlora.config import LowRankConfig
 from visionlora.errors import ConfigError
 from visionlora.ranks.factors import Triples, leading_triples, singular_triples
 from visionlora.sites import named_generator
+
+Keep = Literal["scaling", "alpha"]
 
 _EXACT_UP_TO = 256
 """Larger ranks are approximated from random probes where only a few triples are wanted."""
@@ -138,3 +143,15 @@ def ranks_for_budget(spectra: Sequence[Float[Tensor, " k"]], budget: int) -> lis
     for _, site in ranked[:budget]:
         ranks[site] += 1
     return ranks
+
+
+def resized(config: LowRankConfig, rank: int, keep: Keep = "scaling") -> LowRankConfig:
+    """Return the configuration of another rank, with the same scaling factor or the same alpha."""
+    if keep == "alpha":
+        alpha = config.rank if config.alpha is None else config.alpha
+        return dataclasses.replace(config, rank=rank, alpha=float(alpha))
+    same = dataclasses.replace(config, rank=rank)
+    if same.scale == config.scale:
+        return same
+    size = rank if config.scaling == "standard" else rank**0.5
+    return dataclasses.replace(config, rank=rank, alpha=config.scale * size)

@@ -18,7 +18,7 @@ and energy are then those of the pair. Others with a factor form become plain Lo
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
@@ -29,14 +29,12 @@ from visionlora.config import LowRankConfig
 from visionlora.errors import AdapterStateError, ConfigError
 from visionlora.hosts import find_adapter
 from visionlora.methods.base import Delta
-from visionlora.ranks.allocation import Request, SqueezeReport, report
+from visionlora.ranks.allocation import Keep, Request, SqueezeReport, report, resized
 from visionlora.ranks.factors import Triples
 from visionlora.ranks.finalize import plain_config
 from visionlora.ranks.optimizer import add, drop, group_of, replace
 from visionlora.ranks.structure import Place, places_of
 from visionlora.record import adapter_names
-
-Keep = Literal["scaling", "alpha"]
 
 
 @dataclass(frozen=True)
@@ -126,18 +124,6 @@ def squeeze(
                 _hand_over(optimizer, pair, delta)
         drop(optimizer, old)
     return report(spectra, ranks)
-
-
-def resized(config: LowRankConfig, rank: int, keep: Keep = "scaling") -> LowRankConfig:
-    """Return the configuration of another rank, with the same scaling factor or the same alpha."""
-    if keep == "alpha":
-        alpha = config.rank if config.alpha is None else config.alpha
-        return dataclasses.replace(config, rank=rank, alpha=float(alpha))
-    same = dataclasses.replace(config, rank=rank)
-    if same.scale == config.scale:
-        return same
-    size = rank if config.scaling == "standard" else rank**0.5
-    return dataclasses.replace(config, rank=rank, alpha=config.scale * size)
 
 
 @torch.no_grad()
