@@ -1,6 +1,8 @@
 """The parameterisations: one file each, registered on import."""
 
 from visionlora.methods import (
+    adalora,
+    bayesian_lora,
     bitfit,
     block_lora,
     boft,
@@ -19,12 +21,15 @@ from visionlora.methods import (
     nola,
     norm_tuning,
     oft,
+    queryable_lora,
     rand_lora,
     slora,
     sora,
     squeeze_lora,
     tied_lora,
     tiny_lora,
+    uni_lora,
+    vb_lora,
     vera,
 )
 from visionlora.methods.base import Delta, Layer, Shared
@@ -33,6 +38,8 @@ __all__ = [
     "Delta",
     "Layer",
     "Shared",
+    "adalora",
+    "bayesian_lora",
     "bitfit",
     "block_lora",
     "boft",
@@ -51,11 +58,14 @@ __all__ = [
     "nola",
     "norm_tuning",
     "oft",
+    "queryable_lora",
     "rand_lora",
     "slora",
     "sora",
     "squeeze_lora",
     "tied_lora",
     "tiny_lora",
+    "uni_lora",
+    "vb_lora",
     "vera",
 ]
