@@ -126,3 +126,47 @@ def test_the_layouts_of_rand_lora_differ_only_in_which_bases_meet():
     difference = (changes["paper"] - changes["peft"]).norm() / changes["peft"].norm()
     assert float(difference) > 1
     assert 0.8 < float(changes["paper"].norm() / changes["peft"].norm()) < 1.25
+
+
+@DTYPES
+def test_uni_lora(dtype):
+    config = peft.UniLoraConfig(r=RANK, theta_d_length=500, target_modules=LAYERS)
+    ours, theirs, deltas, layers, shared = both(config, "uni-lora", dtype, rank=RANK, length=500)
+    index = torch.cat(
+        [
+            part["default"].flatten()
+            for layer in layers
+            for part in (layer.unilora_indices_A, layer.unilora_indices_B)
+        ]
+    )
+    # the same law: every entry of the vector equally often, give or take one
+    for item in (index, shared.index):
+        count = torch.bincount(item, minlength=500)
+        assert int(count.max() - count.min()) <= 1
+    shared.index.copy_(index)
+    shared.inverse_root.copy_(torch.bincount(index).float().rsqrt())
+    theta = theirs.base_model.unilora_theta_d["default"]
+    for item in (shared.theta, theta):
+        assert 0.95 * 0.02 < float(item.detach().abs().max()) <= 0.02
+    pairs = [(shared.theta, theta)]
+    copy(pairs)
+    compare(ours, theirs, deltas, layers, pairs)
+
+
+@DTYPES
+@pytest.mark.parametrize("top_k", [2, 3])
+def test_vb_lora(dtype, top_k):
+    config = peft.VBLoRAConfig(
+        r=RANK, num_vectors=9, vector_length=16, topk=top_k, target_modules=LAYERS
+    )
+    ours, theirs, deltas, layers, shared = both(
+        config, "vb-lora", dtype, rank=RANK, bank=9, block=16, top_k=top_k
+    )
+    pairs = [(shared.bank, theirs.base_model.vblora_vector_bank["default"])]
+    for delta, layer in zip(deltas, layers, strict=True):
+        pairs.append((delta.logits_A, layer.vblora_logits_A["default"]))
+        pairs.append((delta.logits_B, layer.vblora_logits_B["default"]))
+    for one, two in pairs:  # the same law of the initial values
+        assert abs(float((one.std() / two.std()).detach()) - 1) < 0.2
+    copy(pairs)
+    compare(ours, theirs, deltas, layers, pairs)

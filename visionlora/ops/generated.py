@@ -50,7 +50,7 @@ def _pieces(count: int, entries: int, seed: int, chunk: int) -> Iterator[tuple[i
     """Yield the stream in pieces: the number of the first matrix, and matrices as rows."""
     generator = torch.Generator("cpu").manual_seed(seed)
     for start in range(0, count, chunk):
-        piece = torch.empty(min(chunk, count - start), entries, device="cpu")
+        piece = torch.empty(min(chunk, count - start), entries, dtype=torch.float32, device="cpu")
         yield start, piece.uniform_(-1, 1, generator=generator)
 
 
