@@ -160,7 +160,7 @@ def test_the_order_of_the_targets_does_not_matter(tmp_path):
     assert torch.equal(shared_of(fresh).sites, shared_of(fused).sites)
     for key in "qv":
         one, two = (
-            model[0].adapters["default"][key].delta(model[0].weight) for model in (fused, fresh)
+            model[0].adapters["default"][key].delta(model[0].weight[:6]) for model in (fused, fresh)
         )
         assert torch.equal(one, two)
 
