@@ -1,6 +1,6 @@
 """Adapters made by a network instead of by training: ICM-LoRA."""
 
-from visionlora.generate.canonical import canonical_pair, canonical_tensors
+from visionlora.generate.canonical import aligned_pair, canonical_pair, canonical_tensors
 from visionlora.generate.cvae import CVAE
 from visionlora.generate.flatten import Layout, Statistics
 from visionlora.generate.icm import Generator, GeneratorConfig, train_generator
@@ -14,6 +14,7 @@ __all__ = [
     "SnapshotRecorder",
     "Statistics",
     "TaskSnapshots",
+    "aligned_pair",
     "canonical_pair",
     "canonical_tensors",
     "read_snapshots",

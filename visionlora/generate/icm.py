@@ -5,10 +5,10 @@ r"""ICM-LoRA: a generator that turns a task vector into a LoRA adapter (2025, Yi
     generate:  z ~ N(0, I), x' = decode(z, c), adapter = unflatten(restore(x'))
 
 The defaults are the published ones, for adapters of millions of entries; a small adapter wants few
-channels. Derived here: pairs are made canonical before they are flattened; the statistics of the
-tensors are averaged over the training tasks and stored in the generator, so that a task which was
-never trained can be asked for; task vectors are centred and divided by one number, their root mean
-square distance from the centre, because those of CLIP lie close together.
+channels. Derived here: pairs are made canonical before they are flattened (see `canonical`); the
+statistics of the tensors are averaged over the training tasks and stored in the generator, so that
+a task which was never trained can be asked for; task vectors are centred and divided by one number,
+their root mean square distance from the centre, because those of CLIP lie close together.
 
 A generator is one safetensors file: network, statistics, and as JSON the description of the
 adapters it makes. Adapters of other sites, shapes or base weights are refused.
@@ -111,13 +111,20 @@ class Generator:
     def reconstruct(
         self, tensors: dict[str, Tensor], vector: Float[Tensor, " condition"]
     ) -> dict[str, Tensor]:
-        """Return what encoder and decoder make of an adapter, for measuring the error."""
+        """Return what encoder and decoder make of an adapter, for measuring the error.
+
+        The adapter is turned towards the one at z = 0, as snapshots are towards their last.
+        """
         if difference := self.layout.difference(Layout.of(tensors)):
             raise AdapterFileError(f"the adapter is not of this generator's kind: {difference}")
         sites = [site for site, _ in self.adapter.plan]
-        flat = self.layout.flatten(canonical_tensors(tensors, sites))
+        condition = self._condition(vector)
+        reference = self._tensors(
+            self.network.decode(torch.zeros(1, self.config.latent), condition)
+        )
+        flat = self.layout.flatten(canonical_tensors(tensors, sites, reference))
         x = self.statistics.standardise(self.layout, flat)[None]
-        found, _, _ = self.network(x, self._condition(vector))
+        found, _, _ = self.network(x, condition)
         return self._tensors(found)
 
     def write(

@@ -89,14 +89,14 @@ class Snapshots:
     """The canonical adapters of all tasks as vectors, and the architecture that they share."""
 
     adapter: AdapterFile
-    """The first snapshot, for its description."""
+    """One snapshot, for its description."""
     layout: Layout
     vectors: Sequence[Tensor]
     """One `[snapshots, length]` per task."""
 
 
 def read_snapshots(tasks: Sequence[TaskSnapshots]) -> Snapshots:
-    """Read the adapters of all tasks.
+    """Read the adapters of all tasks; those of a task are turned towards its last one.
 
     Raises:
         AdapterFileError: a file that is unreadable, no plain LoRA, or of another architecture,
@@ -107,15 +107,17 @@ def read_snapshots(tasks: Sequence[TaskSnapshots]) -> Snapshots:
     for task in tasks:
         if not task.files:
             raise ConfigError(f"task {task.name!r} has no snapshots")
-        rows = []
-        for path in task.files:
+        rows: list[Tensor] = []
+        last: dict[str, Tensor] | None = None
+        for path in reversed(task.files):
             file = read_adapter(path)
             if first is None:
                 first = file
                 layout = Layout.of(file.tensors)
             _check(file, first, layout)
-            tensors = canonical_tensors(file.tensors, [site for site, _ in file.plan])
-            rows.append(layout.flatten(tensors))
+            tensors = canonical_tensors(file.tensors, [site for site, _ in file.plan], last)
+            last = tensors if last is None else last
+            rows.insert(0, layout.flatten(tensors))
         vectors.append(torch.stack(rows))
     if first is None:
         raise ConfigError("there is no task to learn from")
