@@ -131,6 +131,8 @@ def _fits(value: Any, hint: Any) -> bool:
         return any(_fits(value, part) for part in typing.get_args(hint))
     if origin is tuple:
         parts = typing.get_args(hint)
+        if parts[-1] is Ellipsis:
+            return isinstance(value, tuple) and all(_fits(item, parts[0]) for item in value)
         return (
             isinstance(value, tuple) and len(value) == len(parts) and all(map(_fits, value, parts))
         )

@@ -161,8 +161,8 @@ class MoELoRA(RoutedDelta):
         return self.options.experts * (share * probability).sum()
 
     def penalty(self) -> Tensor | None:
-        """Return the weighted balance of the last training forward."""
-        value = self._balance.value
+        """Return the weighted balance of the last training forward, once."""
+        value = self._balance.take()
         return None if value is None else self.options.balance_weight * value
 
     def frozen_factors(

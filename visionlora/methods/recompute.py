@@ -22,7 +22,7 @@ def kept_for_backward() -> AbstractContextManager[Any]:
     """Return a context whose tensors autograd keeps itself, out of sight of any checkpoint."""
     if torch.compiler.is_compiling():
         return nullcontext()
-    return torch.autograd.graph.saved_tensors_hooks(_unchanged, _unchanged)
+    return torch.autograd.graph.saved_tensors_hooks(_values, _unchanged)
 
 
 class Latest:
@@ -31,11 +31,21 @@ class Latest:
     def __init__(self) -> None:
         self.value: Tensor | None = None
 
+    def take(self) -> Tensor | None:
+        """Return the tensor once: a graph serves one backward."""
+        value, self.value = self.value, None
+        return value
+
     def __deepcopy__(self, memo: dict[int, Any]) -> "Latest":
         return Latest()
 
     def __reduce__(self) -> Any:
         return Latest, ()
+
+
+def _values(tensor: Tensor) -> Tensor:
+    """Return the values alone: a node that kept its own output would never be freed."""
+    return tensor.detach()
 
 
 def _unchanged(tensor: Tensor) -> Tensor:
