@@ -1,6 +1,5 @@
 """What `export` writes, PEFT and `load` read as the same function, or as the best of a rank."""
 
-import copy
 import json
 
 import pytest
@@ -190,6 +189,7 @@ def test_what_cannot_be_exported_is_refused(tmp_path):
         vl.export(attention, tmp_path / "attention", format="kohya")
     with pytest.raises(ConfigError, match="rank must be at least 1"):
         vl.export(attention, tmp_path / "attention", format="lora", rank=0)
+    headed = disturbed(vl.freeze_base(Attention(), train="fc"), "lora", "fc", rank=2)
     with pytest.raises(AdapterStateError, match="no place for both"):
-        vl.export(disturbed(vl.freeze_base(Attention(), train="fc"), "lora", "fc", rank=2), tmp_path / "b")
+        vl.export(headed, tmp_path / "b")
     assert not list(tmp_path.iterdir())

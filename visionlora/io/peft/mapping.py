@@ -108,9 +108,9 @@ class Written:
     """An adapter in PEFT's terms."""
 
     config: dict[str, Any]
-    layers: dict[str, dict[str, Tensor]]
+    layers: Table[str, Table[str, Tensor]]
     """`{layer: {short name of the tensor: tensor}}`."""
-    shared: dict[str, Tensor] = field(default_factory=dict)
+    shared: Table[str, Tensor] = field(default_factory=dict)
 
 
 class Mapping:
