@@ -308,16 +308,23 @@ def pairs(configs: list[AdapterConfig], kinds: list[Kind], *, served: bool = Tru
 
 
 def inject(model: nn.Module, config: AdapterConfig, kind: Kind, **options: Any) -> nn.Module:
-    """Adapt the kind's sites."""
-    return vl.inject(model, config, kind.target, **options)
+    """Adapt the kind's sites; noise that a method draws while training is left out."""
+    return without_noise(vl.inject(model, config, kind.target, **options))
+
+
+def without_noise(model: nn.Module) -> nn.Module:
+    """Put the methods that draw noise while training into evaluation, and nothing else."""
+    for module in model.modules():
+        if isinstance(module, Delta) and module.stochastic:
+            module.eval()
+    return model
 
 
 def adapted(config: AdapterConfig, kind: Kind, *, seed: int = 0, **options: Any) -> nn.Module:
     """Return a fresh model whose adapter has random trainables."""
     model = inject(kind.model(), config, kind, **options)
     randomise(model, seed)
-    # Noise is drawn while training only; what is compared here is the function.
-    return model.eval() if get_method(config.method).delta.stochastic else model
+    return model
 
 
 @torch.no_grad()

@@ -228,7 +228,7 @@ def test_hooks_of_the_layer_still_run(config, kind):
 
 @pairs(DEFAULTS, FEW)
 def test_looking_at_a_model_changes_nothing(config, kind):
-    model = adapted(config, kind)
+    model = adapted(config, kind).train()
     before = snapshot(model)
     repr(model)
     str(vl.summary(model))
