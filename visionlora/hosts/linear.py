@@ -14,7 +14,15 @@ from torch import Tensor, nn
 
 from visionlora.hosts.base import Host, Mode, Slot, rows_of
 from visionlora.methods.base import Delta, Layer
-from visionlora.ops import Branch, Change, changed_weight, dense_linear, lora_linear
+from visionlora.ops import (
+    Branch,
+    Change,
+    Frozen,
+    changed_weight,
+    dense_linear,
+    lora_linear,
+    multiply_adds,
+)
 from visionlora.sites import Kind
 
 
@@ -89,11 +97,13 @@ def adapted_linear(
         elif mode == "dense" or (
             mode == "auto"
             and not drop
-            and dense_is_cheaper(factors, rows_of(weight, slot.rows), tokens)
+            and dense_is_cheaper(
+                factors, rows_of(weight, slot.rows), tokens, frozen=slot.delta.frozen_factor
+            )
         ):
             changes.append(Change(partial(_product, fold=slot.delta.fold), factors, *_place(slot)))
         else:
-            branch = Branch(*factors, *_place(slot))
+            branch = Branch(*factors, *_place(slot), slot.delta.frozen_factor)
             groups.setdefault((slot.delta.fold, drop), []).append(branch)
     if not groups:
         return dense_linear(x, weight, bias, changes) if changes else F.linear(x, weight, bias)
@@ -208,16 +218,21 @@ def with_bias_changes(bias: Tensor | None, slots: tuple[Slot, ...]) -> Tensor | 
 
 
 def dense_is_cheaper(
-    factors: tuple[Tensor, Tensor], weight: Tensor, tokens: int, groups: int = 1
+    factors: tuple[Tensor, Tensor],
+    weight: Tensor,
+    tokens: int,
+    groups: int = 1,
+    frozen: Frozen = "",
 ) -> bool:
     """Compare multiply-adds of one training step of the two exact paths.
 
-    Factors: `3 T r (g in + out)`. Dense: `3 r out in` to build the change and its gradient, and one
-    weight-gradient product `T out in`.
+    Factors: see `visionlora.ops.lora.multiply_adds`; a thin convolution repeats the input for each
+    group. Dense: `3 r out in` to build the change twice and for its gradient, and `T out in` for
+    the gradient of the weight.
     """
     out_features, in_features = weight.shape[0], weight[0].numel()
     rank = factors[0].shape[1]
-    thin = 3 * tokens * rank * (groups * in_features + out_features)
+    thin = multiply_adds(tokens, rank, out_features, groups * in_features, frozen)
     return thin > 3 * rank * out_features * in_features + tokens * out_features * in_features
 
 

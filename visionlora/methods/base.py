@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from visionlora.config import AdapterConfig
 from visionlora.errors import AdapterStateError
+from visionlora.ops import Frozen
 from visionlora.sites import Kind, Site
 
 
@@ -99,6 +100,8 @@ class Delta(nn.Module):
     """The initial values depend on the seed."""
     groups: ClassVar[Mapping[str, Group]] = {}
     """How its parameters are optimised, by name; what is missing follows the run."""
+    frozen_factor: Frozen = ""
+    """Which of `(up, down)` never trains: an expensive pair then takes a cheaper path."""
     fold: int = 1
     """Number of equal column blocks of `scale * up @ down`."""
 

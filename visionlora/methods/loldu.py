@@ -77,6 +77,7 @@ class LoLDU(Delta):
     """Trained pivots between frozen triangles."""
 
     groups: ClassVar[Mapping[str, Group]] = {"z": Group(decay=False), "s": Group(decay=False)}
+    frozen_factor = "down"
     L: Tensor
     d: Tensor
     U: Tensor

@@ -123,7 +123,7 @@ class RandLoRA(Delta):
         super().__init__(config, site, shared)
         self.options = config
         self.wide = site.in_features > site.out_features
-        self.is_lookup = site.kind == "embedding"
+        self.frozen_factor = "down" if self.wide else "up"
         self.small = min(site.out_features, site.in_features)
         self.big = max(site.out_features, site.in_features)
         bases = number_of_bases(config.rank, self.small)
@@ -145,9 +145,7 @@ class RandLoRA(Delta):
         return V.t() @ U.t() if self.wide else U @ V
 
     def factors(self) -> tuple[Float[Tensor, "out rank"], Float[Tensor, "rank in"]] | None:
-        """Return the stacked bases where forming the change costs more, else None."""
-        if not (self.is_lookup or self.dropout > 0):
-            return None
+        """Return the stacked bases; the host decides by cost whether to form the change."""
         U, V = self._stacked(1.0)
         return (V.t(), U.t()) if self.wide else (U, V)
 

@@ -10,17 +10,23 @@ and one saved input. Backward, with `g = dL/dy`:
 
     gh_i = s_i g[:, rows_i] B_i,  dB_i = s_i g[:, rows_i]^T h_i,  dA = gh^T z,  dx = g W + gh A
 
+Where one factor is frozen and the rank is large, half of this is cheaper through the changed weight
+`W' = W + s B A`, built in scratch: with B frozen the forward needs no `h`, so `y = x W'^T`; with A
+frozen the backward needs no `gh`, so `dx = g W'`.
+
 Saved for backward: `z` (only if some A is trained), `h` (only if some B is trained), and
 references to the weights. The backward is itself differentiable, so second-order methods work: `h`
 is a second output, because a saved tensor that is neither input nor output counts as a constant.
 """
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
+
+Frozen = Literal["up", "down", ""]
 
 
 class Branch(NamedTuple):
@@ -30,6 +36,25 @@ class Branch(NamedTuple):
     down: Tensor
     scale: float
     rows: tuple[int, int] | None = None
+    frozen: Frozen = ""
+    """Which factor never trains."""
+
+
+# Below this rank writing the changed weight costs more time than the products it saves.
+_LARGE_RANK = 64
+
+
+def multiply_adds(
+    tokens: int, rank: int, out_features: int, in_features: int, frozen: Frozen
+) -> int:
+    """Return the multiply-adds of one training step of a branch, beside the base layer's."""
+    thin = tokens * rank * (out_features + in_features)
+    half = min(thin, rank * out_features * in_features) if rank >= _LARGE_RANK else thin
+    if frozen == "up":
+        return half + tokens * rank * (out_features + 2 * in_features)
+    if frozen == "down":
+        return half + tokens * rank * (2 * out_features + in_features)
+    return 3 * thin
 
 
 def lora_linear(
@@ -68,8 +93,20 @@ def _apply(
     factors = [tensor for branch in branches for tensor in (branch.up, branch.down)]
     x2 = x.reshape(-1, x.shape[-1])
     z2 = None if z is None else z.reshape(-1, z.shape[-1])
-    y, _ = _LoRALinear.apply(x2, z2, weight, bias, layout, *factors)
+    merged = _merged(branches, weight, x2.shape[0]) if z is None else ""
+    y, _ = _LoRALinear.apply(x2, z2, weight, bias, layout, merged, *factors)
     return y.view(*x.shape[:-1], weight.shape[0])
+
+
+def _merged(branches: list[Branch], weight: Tensor, tokens: int) -> Frozen:
+    """Return the factor that is frozen in all branches, if the changed weight is cheaper."""
+    frozen = branches[0].frozen
+    if any(branch.frozen != frozen for branch in branches):
+        return ""
+    rank = sum(branch.up.shape[1] for branch in branches)
+    out_features, in_features = weight.shape
+    pays = tokens * (out_features + in_features) > out_features * in_features
+    return frozen if pays and rank >= _LARGE_RANK else ""
 
 
 def _stack(parts: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
@@ -84,22 +121,27 @@ class _LoRALinear(torch.autograd.Function):
     """See the module docstring; x and z are 2-D here."""
 
     @staticmethod
-    def forward(ctx, x, z, weight, bias, layout, *factors):  # type: ignore[no-untyped-def]
+    def forward(ctx, x, z, weight, bias, layout, merged, *factors):  # type: ignore[no-untyped-def]
         ups, downs = factors[0::2], factors[1::2]
         dtype = x.dtype
-        source = x if z is None else z
-        y = F.linear(x, weight.to(dtype), None if bias is None else bias.to(dtype))
-        h = source @ _stack(downs, dtype).t()
-        start = 0
-        for (scale, rows), up in zip(layout, ups, strict=True):
-            part = h[:, start : start + up.shape[1]]
-            _rows(y, rows).addmm_(part, up.to(dtype).t(), alpha=scale)
-            start += up.shape[1]
-        # needs_input_grad: x, z, weight, bias, layout, up_0, down_0, up_1, down_1, ...
-        trains_up = any(ctx.needs_input_grad[5::2])
-        trains_down = any(ctx.needs_input_grad[6::2])
+        bias = None if bias is None else bias.to(dtype)
+        # needs_input_grad: x, z, weight, bias, layout, merged, up_0, down_0, up_1, down_1, ...
+        trains_up = any(ctx.needs_input_grad[6::2])
+        trains_down = any(ctx.needs_input_grad[7::2])
+        if merged == "up" and not trains_up:
+            y = F.linear(x, _changed(weight.to(dtype), layout, ups, downs), bias)
+            h = x.new_empty(0)
+        else:
+            y = F.linear(x, weight.to(dtype), bias)
+            h = (x if z is None else z) @ _stack(downs, dtype).t()
+            start = 0
+            for (scale, rows), up in zip(layout, ups, strict=True):
+                part = h[:, start : start + up.shape[1]]
+                _rows(y, rows).addmm_(part, up.to(dtype).t(), alpha=scale)
+                start += up.shape[1]
         keeps_x = ctx.needs_input_grad[2] or (z is None and trains_down)
         ctx.layout = layout
+        ctx.merged = merged == "down" and not trains_down
         ctx.separate = z is not None
         ctx.dtype = dtype
         ctx.save_for_backward(
@@ -122,37 +164,56 @@ class _LoRALinear(torch.autograd.Function):
             return (None,) * len(needs)
         if g is None:  # second order: only the hidden output was used
             g = g_hidden.new_zeros(g_hidden.shape[0], weight.shape[0])
+        merged = ctx.merged and g_hidden is None
         hidden, grad_ups, start = [], [], 0
         for index, ((scale, rows), up) in enumerate(zip(ctx.layout, ups, strict=True)):
             part = _rows(g, rows)
             # A contiguous B^T here, and h^T g instead of g^T h below: the same sums, in the layout
             # in which thin matrix products are up to nine times faster.
-            hidden.append(F.linear(part, up.to(dtype).t().contiguous()).mul_(scale))
+            if not merged:
+                hidden.append(F.linear(part, up.to(dtype).t().contiguous()).mul_(scale))
             grad = None
-            if needs[5 + 2 * index]:
+            if needs[6 + 2 * index]:
                 used = h[:, start : start + up.shape[1]]
                 grad = (used.t() @ part).mul_(scale).t().to(up.dtype)
             grad_ups.append(grad)
             start += up.shape[1]
-        gh = hidden[0] if len(hidden) == 1 else torch.cat(hidden, dim=1)
-        if g_hidden is not None:
-            gh = gh + g_hidden
-        down = _stack(tuple(downs), dtype)
-        grad_x = g @ weight.to(dtype) if needs[0] else None
-        grad_z = None
-        if ctx.separate:
-            grad_z = gh @ down if needs[1] else None
-        elif grad_x is not None:
-            grad_x = grad_x.addmm_(gh, down)
+        grad_x = grad_z = None
+        if merged:
+            changed = _changed(weight.to(dtype), ctx.layout, ups, downs) if needs[0] else None
+            grad_x = None if changed is None else g @ changed
+        else:
+            gh = hidden[0] if len(hidden) == 1 else torch.cat(hidden, dim=1)
+            if g_hidden is not None:
+                gh = gh + g_hidden
+            down = _stack(tuple(downs), dtype)
+            grad_x = g @ weight.to(dtype) if needs[0] else None
+            if ctx.separate:
+                grad_z = gh @ down if needs[1] else None
+            elif grad_x is not None:
+                grad_x = grad_x.addmm_(gh, down)
         grad_weight = (g.t() @ x).to(weight.dtype) if needs[2] else None
         grad_bias = g.sum(0) if needs[3] else None  # autograd casts to the type of the bias
         grad_downs = [None] * len(downs)
-        if any(needs[6::2]):
+        if any(needs[7::2]):
             stacked = gh.t() @ (z if ctx.separate else x)
             pieces = stacked.split([item.shape[0] for item in downs])
             grad_downs = [
-                piece.to(item.dtype) if needs[6 + 2 * index] else None
+                piece.to(item.dtype) if needs[7 + 2 * index] else None
                 for index, (piece, item) in enumerate(zip(pieces, downs, strict=True))
             ]
         grads = [item for pair in zip(grad_ups, grad_downs, strict=True) for item in pair]
-        return grad_x, grad_z, grad_weight, grad_bias, None, *grads
+        return grad_x, grad_z, grad_weight, grad_bias, None, None, *grads
+
+
+def _changed(weight: Tensor, layout, ups, downs) -> Tensor:  # type: ignore[no-untyped-def]
+    """Return W plus the change of every branch."""
+    result = weight
+    for (scale, rows), up, down in zip(layout, ups, downs, strict=True):
+        start, stop = rows or (0, weight.shape[0])
+        changed = torch.addmm(
+            result[start:stop], up.to(weight.dtype), down.to(weight.dtype), alpha=scale
+        )
+        whole = stop - start == weight.shape[0]
+        result = changed if whole else torch.slice_scatter(result, changed, 0, start, stop)
+    return result
