@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from visionlora.errors import AdapterStateError, nearest
 from visionlora.methods.base import Delta
+from visionlora.methods.noise import without_noise
 from visionlora.sites import Site
 
 logger = logging.getLogger("visionlora")
@@ -130,7 +131,8 @@ class Host:
         changes = []
         biases = []
         for slot in slots:  # in full precision, even where autocast is on
-            with torch.autocast(self.view(slot.key).device.type, enabled=False):
+            quiet = without_noise(slot.delta)
+            with quiet, torch.autocast(self.view(slot.key).device.type, enabled=False):
                 changes.append((slot.key, self.change(slot)))
                 shift = slot.delta.bias_change()
                 if shift is not None:

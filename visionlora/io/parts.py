@@ -17,6 +17,7 @@ from visionlora.io import checks, contents
 from visionlora.io.adapter_file import AdapterFile
 from visionlora.io.known import KnownLayers, ModelLayers
 from visionlora.methods.base import Delta, Shared
+from visionlora.methods.noise import without_noise
 from visionlora.record import adapter_names, hosts_of
 from visionlora.registry import get_method
 from visionlora.sites import Site, named_generator
@@ -65,9 +66,10 @@ class AdapterParts:
         """
         weight = self.known.weight(entry.site)
         try:
-            dense = entry.strength * entry.delta.delta(
-                unknown_weight(entry.site) if weight is None else weight
-            )
+            with without_noise(entry.delta) as delta:
+                dense = entry.strength * delta.delta(
+                    unknown_weight(entry.site) if weight is None else weight
+                )
         except RuntimeError:  # no singular value decomposition of NaN
             if weight is not None:
                 raise

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from visionlora.errors import AdapterFileError, ConfigError
 from visionlora.io.parts import AdapterParts, Entry
+from visionlora.methods.noise import without_noise
 from visionlora.ranks.factors import Triples, singular_triples
 from visionlora.sites import Site
 
@@ -50,7 +51,8 @@ def pair_of(parts: AdapterParts, entry: Entry, rank: int | None) -> Pair:
     if rank is not None and rank < 1:
         raise ConfigError(f"rank must be at least 1, got {rank}")
     limit = min(entry.site.max_rank, rank or entry.site.max_rank)
-    factors = entry.delta.factors()
+    with without_noise(entry.delta) as delta:
+        factors = delta.factors()
     if factors is None:
         dense = parts.change(entry)
         dense = dense.to(torch.promote_types(dense.dtype, torch.float32))

@@ -9,6 +9,7 @@ from visionlora.build import refuse_merged
 from visionlora.config import AdapterConfig
 from visionlora.errors import AdapterStateError
 from visionlora.methods.base import Delta
+from visionlora.methods.noise import without_noise
 from visionlora.ranks.structure import Place, places_of
 from visionlora.registry import build_config
 
@@ -53,7 +54,8 @@ def _settle(place: Place, kept: torch.Tensor) -> None:
     if not rank:
         place.remove()
         return
-    factors = old.factors()
+    with without_noise(old):
+        factors = old.factors()
     assert factors is not None
     up, down = factors
     new = place.build(plain_config(old, rank))

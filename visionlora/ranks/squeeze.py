@@ -29,6 +29,7 @@ from visionlora.config import LowRankConfig
 from visionlora.errors import AdapterStateError, ConfigError
 from visionlora.hosts import find_adapter
 from visionlora.methods.base import Delta
+from visionlora.methods.noise import without_noise
 from visionlora.ranks.allocation import Keep, Request, SqueezeReport, report, resized
 from visionlora.ranks.factors import Triples
 from visionlora.ranks.finalize import plain_config
@@ -129,11 +130,8 @@ def squeeze(
 @torch.no_grad()
 def settled_factors(delta: Delta) -> tuple[Tensor, Tensor] | None:
     """Return the factors as in evaluation, without noise."""
-    training = delta.training
-    try:
-        return delta.eval().factors() if delta.mergeable else None
-    finally:
-        delta.train(training)
+    with without_noise(delta):
+        return delta.factors() if delta.mergeable else None
 
 
 def _choose(model: nn.Module, name: str | None) -> str:
