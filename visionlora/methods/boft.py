@@ -27,10 +27,11 @@ from visionlora.config import AdapterConfig
 from visionlora.errors import ConfigError
 from visionlora.methods.base import Delta, Layer, Shared
 from visionlora.methods.rotations import (
+    butterfly,
     cayley,
     check_divides,
     entries,
-    rotate_butterfly,
+    rotate_blocks,
     rotated_features,
     skew,
 )
@@ -84,34 +85,26 @@ class BOFT(Delta):
         self.Q.zero_()
         self.s.fill_(1.0)
 
-    def rotations(self) -> Float[Tensor, "depth n b b"]:
-        """Return the blocks R_ik."""
-        return cayley(skew(self.Q, self.options.block))
+    def rotation(self) -> Float[Tensor, "groups g g"]:
+        """Return the blocks of R_1 R_2 ... R_m."""
+        return butterfly(cayley(skew(self.Q, self.options.block)))
 
     def delta(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
         """Return W' - W."""
-        rotations = self.rotations()
-        weight = weight.to(torch.promote_types(weight.dtype, rotations.dtype))
+        R = self.rotation()
+        weight = weight.to(torch.promote_types(weight.dtype, R.dtype))
         if self.kind == "embedding":
-            return self._rotate_output(weight.t()).t() - weight
-        rotated = weight
-        for level, blocks in enumerate(rotations):
-            rotated = rotate_butterfly(rotated, blocks.mT, level)
-        return self.s[:, None] * rotated - weight
+            return self.s[:, None] * rotate_blocks(weight.t(), R).t() - weight
+        return self.s[:, None] * rotate_blocks(weight, R.mT) - weight
 
     @property
     def update(self) -> Any:
         """The path of an Embedding; elsewhere the scale of the output asks for the changed W."""
-        return self._update if self.kind == "embedding" else None
+        return self._rotate_output if self.kind == "embedding" else None
 
-    def _update(self, y: Tensor, x: Tensor, layer: Layer) -> Tensor:
+    def _rotate_output(self, y: Tensor, x: Tensor, layer: Layer) -> Tensor:
         """Return `s * (R_1 ... R_m y)` for the looked-up rows y."""
-        return self._rotate_output(y)
-
-    def _rotate_output(self, y: Tensor) -> Tensor:
-        for level, blocks in reversed(list(enumerate(self.rotations().to(y.dtype)))):
-            y = rotate_butterfly(y, blocks, level)
-        return self.s.to(y.dtype) * y
+        return self.s.to(y.dtype) * rotate_blocks(y, self.rotation().to(y.dtype))
 
     @staticmethod
     def parameter_count(config: Any, out_features: int, in_features: int) -> int:

@@ -58,6 +58,17 @@ def rotate_butterfly(
     return x.unflatten(-1, (-1, 2**level, 2, half)).transpose(-3, -2).flatten(-4)
 
 
+def butterfly(rotations: Float[Tensor, "depth n b b"]) -> Float[Tensor, "groups g g"]:
+    """Return the product R_1 R_2 ... of butterflies, which mixes groups of g = b 2^(depth-1)."""
+    depth, count, block, _ = rotations.shape
+    size = block * 2 ** (depth - 1)
+    eye = torch.eye(size, dtype=rotations.dtype, device=rotations.device)
+    rows = eye.repeat(1, count * block // size)
+    for level, blocks in enumerate(rotations.mT):
+        rows = rotate_butterfly(rows, blocks, level)
+    return rows.unflatten(1, (-1, size)).transpose(0, 1)
+
+
 def rotated_features(site: Site) -> int:
     """Return how many features are rotated: the inputs, or the outputs of an Embedding."""
     return site.out_features if site.kind == "embedding" else site.in_features
