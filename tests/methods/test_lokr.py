@@ -1,5 +1,7 @@
 """LoKr: how dimensions are cut, the product without the matrix, primes, kernels and tokens."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -64,6 +66,51 @@ def test_both_orders_of_the_fast_path_are_used():
         assert delta.update is not None
         orders.add(delta.shape.costs[0] <= delta.shape.costs[1])
     assert orders == {True, False}
+
+
+def test_the_fast_path_serves_slices_attention_and_gradients():
+    """The sites of the contract are too small for it; here it runs and matches dense mode."""
+    fused = nn.Linear(64, 192), "0[q,v]", lambda model, x: model(x)
+    attention = (
+        nn.MultiheadAttention(64, 4, batch_first=True),
+        "0",
+        lambda model, x: model[0](x, x, x, need_weights=False)[0],
+    )
+    for layer, targets, call in (fused, attention):
+        for r in (2, 64):
+            base = nn.Sequential(layer).double()
+            fast = vl.inject(copy.deepcopy(base), "lokr", targets=targets, rank=r)
+            slow = vl.inject(copy.deepcopy(base), "lokr", targets=targets, rank=r, mode="dense")
+            deltas = fast[0].adapters["default"].values()
+            assert all(delta.update is not None for delta in deltas)
+            pairs = list(
+                zip(vl.trainable_parameters(fast), vl.trainable_parameters(slow), strict=True)
+            )
+            with torch.no_grad():
+                for (_, one), (_, other) in pairs:
+                    one.copy_(torch.randn_like(one))
+                    other.copy_(one)
+            x = inputs(2, 5, 64)
+            mine, expected = call(fast, x), call(slow, x)
+            assert_close(mine, expected)
+            mine.square().sum().backward()
+            expected.square().sum().backward()
+            for (_, one), (_, other) in pairs:
+                assert_close(one.grad, other.grad, factor=10)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_the_fast_path_keeps_the_type_of_the_base(autocast):
+    base = nn.Sequential(nn.Linear(64, 64))
+    model = vl.inject(base if autocast else base.bfloat16(), "lokr", targets="0", rank=2)
+    parameter = delta_of(model).w1
+    assert delta_of(model).update is not None
+    assert parameter.dtype == torch.float32
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        y = model(torch.randn(3, 64, dtype=torch.float32 if autocast else torch.bfloat16))
+    assert y.dtype == torch.bfloat16
+    y.float().sum().backward()
+    assert parameter.grad.dtype == torch.float32
 
 
 def test_a_prime_layer_is_a_scaled_factor_pair():
