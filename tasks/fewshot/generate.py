@@ -41,9 +41,7 @@ from visionlora.training import RunDirectory
 
 SUPPORT_SEED = 1000
 """Added to the run's seed for drawing the support images that an adapter is generated from."""
-SMALL = GeneratorConfig(
-    channels=(16, 32, 64), latent=32, lr=2e-3, batch_size=16, epochs=150, kl_weight=0.005
-)
+SMALL = GeneratorConfig(channels=(8, 16, 32), latent=32, lr=2e-3, batch_size=8, epochs=15)
 """A generator for the tiny model's adapters of 4,608 entries; it trains in a minute."""
 
 

@@ -27,9 +27,18 @@ from visionlora.training import RunDirectory, TrainSettings, fit
 WIDTH = 16
 SNAPSHOTS = 8
 SMALL = GeneratorConfig(
-    channels=(8, 16, 16), latent=8, lr=5e-3, batch_size=8, epochs=120, kl_weight=0.005
+    channels=(8, 16), latent=4, lr=1e-2, batch_size=8, epochs=100, kl_weight=0.02
 )
-VECTORS = (torch.tensor([1.0, 0.0, 0.5]), torch.tensor([0.9, 0.1, 0.5]))
+CONDITION = 16
+
+
+def _vectors() -> list[torch.Tensor]:
+    """Return unit vectors close to each other, as task vectors of CLIP are."""
+    noise = torch.randn(2, CONDITION, generator=torch.Generator().manual_seed(3))
+    return list(nn.functional.normalize(1 + 0.3 * noise, dim=1))
+
+
+VECTORS = _vectors()
 
 
 class Net(nn.Module):
@@ -107,8 +116,8 @@ def test_it_generates_the_change_of_the_task_asked_for_and_of_no_other(generator
     for seed in range(3):
         for task, other in ((one, two), (two, one)):
             found = generator.generate(task.vector, seed=seed)
-            assert error(found, task.files[-1]) < 0.1
-            assert error(found, other.files[-1]) > 0.5
+            assert error(found, task.files[-1]) < 0.2
+            assert error(found, other.files[-1]) > 1
 
 
 def test_a_generated_adapter_is_a_function_of_vector_and_seed(generator):
@@ -189,9 +198,9 @@ def _perturb(module: nn.Module) -> None:
 @pytest.mark.parametrize(
     ("vector", "words"),
     [
-        (torch.zeros(4), r"must have 3 entries, got \(4,\)"),
-        (torch.zeros(1, 3), "must have 3 entries"),
-        (torch.tensor([0.0, float("nan"), 0.0]), "NaN or infinity"),
+        (torch.zeros(4), r"must have 16 entries, got \(4,\)"),
+        (torch.zeros(1, CONDITION), "must have 16 entries"),
+        (torch.full((CONDITION,), torch.nan), "NaN or infinity"),
     ],
 )
 def test_a_wrong_task_vector_is_refused(generator, vector, words):
@@ -211,7 +220,7 @@ def test_a_wrong_task_vector_is_refused(generator, vector, words):
     ],
 )
 def test_snapshots_of_several_architectures_are_refused(tasks, tmp_path, options, words):
-    odd = TaskSnapshots("odd", torch.ones(3), snapshots(tmp_path / "odd", 5, **options))
+    odd = TaskSnapshots("odd", torch.ones(CONDITION), snapshots(tmp_path / "odd", 5, **options))
     with pytest.raises(AdapterFileError, match=words):
         train_generator([tasks[0], odd], SMALL, RunDirectory(tmp_path / "run"))
     assert not (tmp_path / "run" / "log.jsonl").exists()
