@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from tasks.fewshot.images import Transform
 from tasks.fewshot.text import text_features, text_tower
 from visionlora.errors import ConfigError
+from visionlora.targets import WEIGHTS
 
 LOGIT_SCALE = 100.0
 """Fixed, as in CLIP-LoRA: the learnt scale of the backbone stays out of the adaptation."""
@@ -62,9 +63,14 @@ class Classifier(nn.Module):
 
 
 def adapter_targets(
-    clip: nn.Module, encoder: Encoder, params: Sequence[str]
+    clip: nn.Module,
+    encoder: Encoder,
+    params: Sequence[str],
+    kinds: frozenset[str] = WEIGHTS,
 ) -> tuple[list[str], list[str]]:
     """Return the target and exclude patterns of an open_clip model.
+
+    A method that serves norms only gets all norms of the towers, whatever `params` says of weights.
 
     Raises:
         ConfigError: `params` is empty or unknown, or a tower is no open_clip or timm ViT.
@@ -74,6 +80,10 @@ def adapter_targets(
         raise ConfigError(f"unknown --params {unknown[0]!r}; any of q k v out mlp")
     if not params:
         raise ConfigError("--params needs at least one of q k v out mlp")
+    if kinds == {"norm"}:
+        return ["visual.*" if encoder == "vision" else "*"], (
+            ["visual.*"] if encoder == "text" else []
+        )
     patterns: list[str] = []
     if encoder in ("vision", "both"):
         patterns += _vision_patterns(clip, params)

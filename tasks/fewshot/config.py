@@ -1,8 +1,10 @@
 """Settings of a few-shot run, and the recipe that fills what the user leaves open."""
 
 import dataclasses
+import json
 import re
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from tasks.fewshot.classifier import Encoder
@@ -17,6 +19,9 @@ ADAM_BETAS = (0.9, 0.999)
 WEIGHT_DECAY = 1e-2
 ETA_MIN = 1e-6
 """The cosine schedule ends at this learning rate."""
+
+RATES = Path(__file__).with_name("rates.json")
+"""Learning rates of methods relative to LoRA's, chosen on validation images."""
 
 RECIPE = {"rank": 2, "alpha": 1.0, "scaling": "rslora", "dropout": 0.25}
 """CLIP-LoRA's adapter options, for methods that train a factor pair; `--adapter.*` overrides."""
@@ -51,7 +56,7 @@ class FewshotConfig:
     params: list[str] = field(default_factory=lambda: ["q", "k", "v"])
     """Which projections: any of q k v out mlp."""
     lr: float | None = None
-    """Learning rate; default from the backbone's recipe."""
+    """Learning rate; default from the backbone's recipe and the method's rate in rates.json."""
     steps: int | None = None
     """Optimiser steps; default from the backbone's recipe (ViT: 500 per shot, 100 base-to-new)."""
     batch_size: int = 32
@@ -103,7 +108,7 @@ class FewshotConfig:
         steps = self.steps or per_shot * self.shots
         return dataclasses.replace(
             self,
-            lr=self.lr or preset.lr,
+            lr=self.lr or preset.lr * rate_of(self.method),
             steps=min(steps, self.limit_steps or steps),
             template=self.template or list(templates),
             adapter={key: value for key, value in options.items() if key != "seed"},
@@ -137,6 +142,15 @@ class FewshotConfig:
         parts += ["base-to-new"] if self.setting == "base-to-new" else []
         parts += ["val"] if self.test_on == "val" else []
         return "-".join(re.sub(r"[^A-Za-z0-9]+", "-", part).strip("-") for part in parts)
+
+
+def rate_of(method: str) -> float:
+    """Return the learning rate that suits a method, relative to LoRA's.
+
+    The rates were chosen on validation images (`python benchmarks/methods.py --choose`).
+    """
+    rates: dict[str, float] = json.loads(RATES.read_text(encoding="utf-8"))
+    return rates.get(method, rates.get(get_method(method).name, 1.0))
 
 
 @dataclass(frozen=True)

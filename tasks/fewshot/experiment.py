@@ -16,6 +16,7 @@ from tasks.fewshot.sampling import base_and_new
 from tasks.fewshot.shots import Shots, load_shots
 from tasks.fewshot.text import tokenize
 from visionlora.errors import DataError
+from visionlora.registry import get_method
 
 RANDOM_TEST_IMAGES = 32
 """Random weights are for timing: without `--limit-test` only so many test images are scored."""
@@ -47,7 +48,8 @@ class Experiment:
     def inject(self, seed: int) -> int:
         """Put a fresh adapter into the backbone and return its number of trainable scalars."""
         clip, config = self.backbone.clip, self.config
-        targets, exclude = adapter_targets(clip, config.encoder, config.params)
+        kinds = get_method(config.method).config.kinds
+        targets, exclude = adapter_targets(clip, config.encoder, config.params, kinds)
         vl.inject(clip, config.method, targets, exclude=exclude, **config.adapter_options(seed))
         return sum(parameter.numel() for _, parameter in vl.trainable_parameters(clip))
 

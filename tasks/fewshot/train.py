@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from tasks.fewshot.results import read_matrix, summarise, write_matrix
 from tasks.fewshot.sampling import short_classes
 from tasks.fewshot.shots import Batches, FeatureBatches, Shots
 from visionlora.dynamics import Dynamics
+from visionlora.registry import get_method
 from visionlora.training import FitResult, RunDirectory, TrainSettings, cosine, fit
 
 MAY_CHANGE = ("output", "resume", "overwrite", "device", "seed", "checkpoint_every")
@@ -86,7 +88,8 @@ def run_seed(
     trainable = experiment.inject(seed)
     try:
         fitted = adapt(experiment, seed, shots, directory)
-        with vl.merged(clip):
+        routed = not get_method(config.method).delta.mergeable
+        with nullcontext() if routed else vl.merged(clip):
             scores = experiment.score()
         figures = experiment.figures(scores)
         if directory.main:
@@ -129,12 +132,8 @@ def adapt(
         source = FeatureBatches(batches, _frozen_features(model, shots))
     assert config.lr is not None
     assert config.steps is not None
-    optimizer = torch.optim.AdamW(
-        [parameter for _, parameter in vl.trainable_parameters(experiment.backbone.clip)],
-        lr=config.lr,
-        betas=ADAM_BETAS,
-        weight_decay=WEIGHT_DECAY,
-    )
+    groups = vl.parameter_groups(experiment.backbone.clip, config.lr, WEIGHT_DECAY)
+    optimizer = torch.optim.AdamW(groups, betas=ADAM_BETAS)
     settings = TrainSettings(
         steps=config.steps,
         precision=config.precision,
