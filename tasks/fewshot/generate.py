@@ -16,6 +16,7 @@ from typing import Any, Literal
 import numpy as np
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 import visionlora as vl
 from tasks.fewshot.backbones import TINY
@@ -98,7 +99,7 @@ class Task:
     experiment: Experiment
     zero_shot: float
 
-    def vector(self, shots: Shots) -> Any:
+    def vector(self, shots: Shots) -> Tensor:
         """Return the task vector of some support images."""
         return task_vector(self.experiment.classifier(), shots.images)
 
@@ -118,12 +119,12 @@ class Task:
 def run(config: GenerateConfig) -> dict[str, Any]:
     """Carry out a run and return what is written to its result.json."""
     with threads(1 if config.backbone == TINY else None):
-        directory = RunDirectory(config.output, overwrite=config.overwrite)
         tasks = [_task(config, name) for name in config.tasks]
         for task in tasks:
             count = len(task.experiment.dataset.test)
             print_note(f"{task.name}: zero-shot {task.zero_shot:.1f} % of {count} images")
         supports = {seed: [_supports(config, task, seed) for task in tasks] for seed in config.seed}
+        directory = RunDirectory(config.output, overwrite=config.overwrite)
         directory.write_config(config)
         seeds = []
         for seed in config.seed:
@@ -202,7 +203,19 @@ def _task(config: GenerateConfig, name: str) -> Task:
             tokens=experiment.tokens[:, labels],
             test=TestImages(chosen.test, experiment.backbone.transform),
         )
+    _recorder(config, experiment, Path())  # refuses impossible numbers before anything is trained
     return Task(name, experiment, experiment.score().accuracy())
+
+
+def _recorder(config: GenerateConfig, experiment: Experiment, folder: Path) -> SnapshotRecorder:
+    assert experiment.config.steps is not None
+    return SnapshotRecorder(
+        experiment.backbone.clip,
+        folder,
+        steps=experiment.config.steps,
+        last=config.snapshot_steps,
+        every=config.snapshot_every,
+    )
 
 
 def _supports(config: GenerateConfig, task: Task, seed: int) -> tuple[Shots, Shots]:
@@ -259,15 +272,8 @@ def _train(
 ) -> TaskSnapshots:
     """Train one adapter and record its last states."""
     experiment = task.experiment
-    assert experiment.config.steps is not None
     clip = experiment.backbone.clip
-    recorder = SnapshotRecorder(
-        clip,
-        run.path / "snapshots",
-        steps=experiment.config.steps,
-        last=config.snapshot_steps,
-        every=config.snapshot_every,
-    )
+    recorder = _recorder(config, experiment, run.path / "snapshots")
     vector = task.vector(shots)
     experiment.inject(seed)
     try:
