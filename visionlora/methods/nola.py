@@ -85,16 +85,17 @@ class Stream:
         vectors = [getattr(module, name) for module, name in self.users]
         if torch.compiler.is_compiling():  # a graph is traced once, so nothing outlives it
             return self._combine([vectors[place]])[0]
-        return self.cache.get(vectors, lambda: self._combine(vectors))[place]
+        return self.cache.get(vectors, lambda: self._combine(vectors), linear=True)[place]
 
     def first(self) -> Float[Tensor, " few"]:
         """Return the first entries of the stream."""
         generator = torch.Generator("cpu").manual_seed(self.seed)
-        return uniform((min(8, self.shape[0] * self.shape[1]),), 1.0, generator)
+        return uniform((min(8, self.shape[0] * self.shape[1]),), self.bound, generator)
 
     def _combine(self, vectors: list[Tensor]) -> list[Tensor]:
-        coefficients = self.bound * torch.stack(vectors)
-        found: Tensor = combine_generated(coefficients, *self.shape, self.seed, self.chunk)
+        found: Tensor = combine_generated(
+            torch.stack(vectors), *self.shape, self.seed, self.chunk, self.bound
+        )
         return list(found.unbind())
 
 
