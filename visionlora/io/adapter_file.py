@@ -69,7 +69,7 @@ def parse_adapter(path: Path, description: str, tensors: dict[str, Tensor]) -> A
                 f"of visionlora reads {FORMAT} up to version {VERSION}"
             )
         configs = [_read_config(item) for item in header["configs"]]
-        plan = [(_read_site(item), configs[index]) for item, index in header["sites"]]
+        plan = [(read_site(item), configs[index]) for item, index in header["sites"]]
         frozen = {key: _numbers(item) for key, item in header["frozen"].items()}
         there = dict(header["base"])  # empty where a file was converted without its base model
         base = {site.name: _numbers(there[site.name], 4) for site, _ in plan if there}
@@ -108,7 +108,8 @@ def _read_config(item: dict[str, Any]) -> AdapterConfig:
     )
 
 
-def _read_site(item: dict[str, Any]) -> Site:
+def read_site(item: dict[str, Any]) -> Site:
+    """Return the site of a description, with its fields checked."""
     rows = item["rows"]
     site = Site(**{**item, "rows": None if rows is None else (int(rows[0]), int(rows[1]))})
     check_fields(site)

@@ -34,6 +34,9 @@ def convert(
             not say, such as kernel sizes.
         rank: highest rank of plain LoRA (see `export`).
 
+    The padding row of an embedding, which no adapter changes here, is not in a file: convert an
+    adapter of such a layer with `export`, from its model.
+
     Returns:
         What was written, with the relative error of every site.
 

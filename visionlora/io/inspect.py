@@ -5,6 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from visionlora.io.adapter_file import read_adapter
+from visionlora.io.foreign import ForeignInfo, inspect_foreign
+from visionlora.io.opening import is_foreign
+from visionlora.io.peft.inspect import PeftInfo, inspect_peft
+from visionlora.io.safetensors_file import metadata_of, shapes_of
 
 _SHOWN = 6
 
@@ -43,12 +47,20 @@ class AdapterInfo:
         return "\n".join(lines)
 
 
-def inspect(path: str | Path) -> AdapterInfo:
-    """Describe a native adapter file.
+def inspect(path: str | Path) -> AdapterInfo | PeftInfo | ForeignInfo:
+    """Describe an adapter file, a PEFT adapter, or whatever else a safetensors file may be.
 
     Raises:
-        AdapterFileError: the file is missing, truncated, damaged or of another format.
+        AdapterFileError: the file is missing, truncated or damaged.
     """
+    if is_foreign(path):
+        return inspect_peft(path)
+    if Path(path).is_file() and "visionlora" not in metadata_of(path) and shapes_of(path):
+        return inspect_foreign(path)
+    return _inspect_native(path)
+
+
+def _inspect_native(path: str | Path) -> AdapterInfo:
     file = read_adapter(path)
     configs = dict.fromkeys(config for _, config in file.plan)
     prefix = "base."

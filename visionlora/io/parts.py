@@ -130,20 +130,21 @@ def parts_of_file(file: AdapterFile, known: KnownLayers) -> AdapterParts:
 
 @torch.no_grad()
 def _build(file: AdapterFile, known: KnownLayers) -> AdapterParts:
-    trained = next((t for k, t in file.tensors.items() if k.startswith("adapter.")), None)
-    dtype = torch.float64 if trained is not None and trained.dtype == torch.float64 else None
+    trained = [t for k, t in file.tensors.items() if k.startswith(("adapter.", "shared."))]
+    double = any(tensor.dtype == torch.float64 for tensor in trained)
+    dtype = torch.float64 if double else torch.float32
     shared = None
     for config in dict.fromkeys(config for _, config in file.plan):
         kind = get_method(config.method).shared
         if kind is not None:
             shared = kind(config, [site for site, other in file.plan if other == config])
-            shared.to(dtype or torch.float32)
+            shared.to(dtype)
     entries = []
     for site, config in file.plan:
         config.check_site(site)
         delta = get_method(config.method).delta(config, site, shared)
         refuse_routed(delta)
-        entry = Entry(site, delta.to(dtype or torch.float32))
+        entry = Entry(site, delta.to(dtype))
         weight = known.weight(site)
         generator = named_generator(config.seed, site.name)
         try:

@@ -145,6 +145,17 @@ def _base_value(parts: AdapterParts, entry: Entry, name: str) -> Tensor:
     return value
 
 
+@torch.no_grad()
+def fitting(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
+    """Return a pair with the same product, of no higher rank than a matrix of its size can have."""
+    most = min(up.shape[0], down.shape[1])
+    if down.shape[0] <= most:
+        return up, down
+    dtype = up.dtype
+    up, down = singular_triples(up, down).pair(most)
+    return up.to(dtype), down.to(dtype)
+
+
 def scaled(pair: Pair) -> Pair:
     """Return the pair with its scale in the up-matrix."""
     return replace(pair, up=pair.scale * pair.up, scale=1.0)

@@ -8,6 +8,8 @@ MultiheadAttention PEFT has one pair for the joint projection of q, k and v, and
 the change of the output twice (its pull request 3774), merged or not; for the same function here,
 the pair of the output is read with twice its scale and written with half of it.
 
+A pair of a higher rank than its layer can have is replaced by one with the same product.
+
 `init_lora_weights` of PiSSA, OLoRA and the like change the base weights when PEFT loads the
 adapter: such files are refused.
 """
@@ -29,6 +31,7 @@ from visionlora.io.peft.mapping import (
     register,
     whole_layers,
 )
+from visionlora.io.plain import fitting
 from visionlora.methods.dora import DoRA
 from visionlora.registry import build_config
 from visionlora.sites import WHOLE, Kind
@@ -43,7 +46,8 @@ class LoRAMapping(Mapping):
     """LORA."""
 
     kind = "LORA"
-    methods = ("dora",)  # the others are written from their factor pairs
+    methods = ("dora",)
+    also = ("lora",)  # written from its factor pairs, as are all methods that PEFT lacks
     marks = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
     neutral: ClassVar[Table[str, tuple[Any, ...]]] = {
         "init_lora_weights": _HARMLESS_INITS,
@@ -85,10 +89,10 @@ class LoRAMapping(Mapping):
                 "out" if inside else WHOLE,
                 kernel_entries(tensors["lora_A"]) if kind == "conv" else 1,
             )
+            rank, (up, down) = down.shape[0], fitting(up, down)
             values = {"A": down, "B": up}
             if "lora_magnitude_vector" in tensors:
                 values["magnitude"] = tensors["lora_magnitude_vector"].reshape(-1)
-            rank = down.shape[0]
             config = (
                 _config(source, owner, rank, kind, values, ATTENTION_OUTPUT)
                 if inside
@@ -188,12 +192,14 @@ def _config(
     times: float = 1.0,
 ) -> AdapterConfig:
     alpha = by_pattern(source.option("alpha_pattern"), layer, source.config["lora_alpha"])
+    fitted, rooted = values["A"].shape[0], bool(source.option("use_rslora"))
     return build_config(
         "dora" if "magnitude" in values else "lora",
         {
-            "rank": rank,
-            "alpha": times * float(alpha),
-            "scaling": "rslora" if source.option("use_rslora") else "standard",
+            "rank": fitted,
+            # The scale stays that of the nominal rank where a layer is too small for it.
+            "alpha": times * float(alpha) * ((fitted / rank) ** (0.5 if rooted else 1.0)),
+            "scaling": "rslora" if rooted else "standard",
             "dropout": 0.0 if kind == "embedding" else float(source.option("lora_dropout", 0.0)),
         },
     )
@@ -205,8 +211,8 @@ def _read_attention(
     """Add the rows of a joint projection as q, k and v."""
     down, up = tensors["lora_A"], tensors["lora_B"]
     width = up.shape[0] // 3
-    values = {"A": down}
     for index, key in enumerate("qkv"):
         site = source.site(layer, width, down.shape[1], "linear", key)
-        values["B"] = up[index * width : (index + 1) * width]
+        part, shared = fitting(up[index * width : (index + 1) * width], down)
+        values = {"A": shared, "B": part}
         result.add(site, _config(source, layer, down.shape[0], "linear", values), values)

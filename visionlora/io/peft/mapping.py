@@ -120,10 +120,17 @@ class Mapping:
     """PEFT's name."""
     methods: ClassVar[tuple[str, ...]] = ()
     """Our methods that are written as this one."""
+    also: ClassVar[tuple[str, ...]] = ()
+    """Further methods of ours that it may be read as."""
     marks: ClassVar[tuple[str, ...]]
     """Names of its tensors, below a layer or the model."""
     neutral: ClassVar[Table[str, tuple[Any, ...]]] = {}
     """Options that are read only with one of these values."""
+
+    @property
+    def reads_as(self) -> tuple[str, ...]:
+        """Methods of ours that an adapter becomes."""
+        return (*self.also, *self.methods)
 
     def read(self, source: Source) -> Translation:
         """Return the adapter in our terms.

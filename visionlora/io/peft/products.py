@@ -29,6 +29,7 @@ from visionlora.io.peft.mapping import (
     register,
     whole_layers,
 )
+from visionlora.io.plain import fitting
 from visionlora.methods.hira import HiRA
 from visionlora.methods.loha import LoHa
 from visionlora.methods.lokr import LoKr, LoKrConfig
@@ -184,6 +185,7 @@ class HiRAMapping(Mapping):
             kind, down, up = pair_tensors(tensors, "hira")
             kernel = kernel_entries(tensors["hira_A"]) if kind == "conv" else 1
             site = source.site(layer, up.shape[0], down.shape[1], kind, kernel=kernel)
+            up, down = fitting(up, down)
             config = build_config("hira", {"rank": down.shape[0]})
             result.add(site, config, {"A": down, "B": up})
         return result

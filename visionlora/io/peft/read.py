@@ -30,7 +30,7 @@ def translate(file: PeftFile, known: KnownLayers) -> AdapterFile:
     """Return a parsed PEFT adapter in our terms (see `read_as_native`)."""
     mapping = find_mapping(file.kind)
     mapping.refuse_options(file.config)
-    source, heads = _sorted(file, mapping, known)
+    source, heads = sort_tensors(file, mapping, known)
     try:
         translation = mapping.read(source)
     except KeyError as error:
@@ -44,10 +44,14 @@ def translate(file: PeftFile, known: KnownLayers) -> AdapterFile:
     return AdapterFile(file.path, translation.plan, translation.tensors | heads, {}, {})
 
 
-def _sorted(
+def sort_tensors(
     file: PeftFile, mapping: Mapping, known: KnownLayers
 ) -> tuple[Source, dict[str, Tensor]]:
-    """Return the adapter's tensors by layer, and the trained base tensors."""
+    """Return the adapter's tensors by layer, and the trained base tensors.
+
+    Raises:
+        AdapterFileError: a bias sits inside the adapter.
+    """
     marks = "|".join(sorted(mapping.marks, key=len, reverse=True))
     pattern = re.compile(rf"(?:(?P<layer>.*)\.)?(?P<name>(?:{marks})(?:[._].*)?)")
     layers: dict[str, dict[str, Tensor]] = {}

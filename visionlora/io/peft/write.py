@@ -27,7 +27,7 @@ from visionlora.io.parts import AdapterParts
 from visionlora.io.peft.config import CONFIG, PREFIX, TENSORS, exact_targets
 from visionlora.io.peft.lora import ATTENTION_OUTPUT, lora_config, lora_tensors
 from visionlora.io.peft.mapping import Written, mapping_of
-from visionlora.io.plain import Pair, PlainAdapter, flatten, scaled
+from visionlora.io.plain import Pair, PlainAdapter, fitting, flatten, scaled
 
 logger = logging.getLogger("visionlora")
 
@@ -143,7 +143,7 @@ def _stacked(parts: AdapterParts, layer: str, pairs: list[Pair]) -> tuple[Tensor
         start, stop = pair.site.rows or (0, up.shape[0])
         whole[start:stop] = up
         ups.append(whole)
-    return torch.cat(ups, dim=1), torch.cat([pair.down for pair in pairs])
+    return fitting(torch.cat(ups, dim=1), torch.cat([pair.down for pair in pairs]))
 
 
 def _total_rows(parts: AdapterParts, layer: str, pairs: list[Pair]) -> int:
