@@ -24,9 +24,9 @@ diverges with a large learning rate: 1e-3 goes with alpha = 1, about 1e-4 with 2
 Trained: N (r + m) scalars a site. Files hold Lambda and Gamma; A and B are drawn again from the
 seed and their fingerprint is compared. Merge: W + Delta W.
 
-Cost: U is frozen, so a step through the factors needs `T m (M + 2 m)` multiply-adds for T tokens and
-one product of M m^2, and keeps `x U` instead of a wide input; forming the change needs `T M m` and
-three products of M m^2. The host takes the cheaper one. Building V keeps A, Lambda and Gamma only.
+Cost: U is frozen, so a step of T tokens through the factors needs `T m (M + 2 m)` multiply-adds
+and one product of M m^2, and keeps `x U` instead of a wide input; forming the change needs `T M m`
+and three products of M m^2. The host takes the cheaper one. Building V keeps A, Lambda, Gamma only.
 """
 
 from dataclasses import dataclass
