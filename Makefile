@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test test-slow check format bench docs tables clean
+.PHONY: demo test test-slow check format bench methods docs tables clean
 
 demo: $(VENV)/.fewshot
 	$(RUN) scripts/fewshot.py --output runs/demo --overwrite
@@ -25,6 +25,11 @@ format: $(VENV)/.dev
 
 bench: $(VENV)/.dev
 	$(RUN) benchmarks/step.py --json benchmarks/results/step.jsonl
+
+methods: $(VENV)/.dev
+	$(RUN) benchmarks/methods.py
+	$(RUN) benchmarks/step.py --methods all --json benchmarks/results/step-all.jsonl --minutes 30
+	$(RUN) scripts/tables.py
 
 tables: $(VENV)/.dev
 	$(RUN) scripts/tables.py

@@ -19,8 +19,19 @@ from visionlora.registry import build_config
 
 CLASSES = 100
 LAYERS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
-# A frozen random basis has few trained scalars per rank, so it is used with many.
-USUAL_RANK = {"vera": 256}
+# What a method is used with, where that is not the common rank: a random basis has few trained
+# scalars per rank, so it is used with many; a bank of vectors has many; LoLDU keeps all pivots.
+USUAL_RANK: dict[str, int | None] = {
+    "adalora": 12,
+    "block-lora": 8,
+    "loldu": None,
+    "miss": 64,
+    "rand-lora": 32,
+    "tiny-lora": 2,
+    "uni-lora": 4,
+    "vb-lora": 4,
+    "vera": 256,
+}
 DEFAULT_RANK = 8
 
 

@@ -35,12 +35,16 @@ class Plan:
 def prepare(model: str, depth: int, methods: Sequence[str], rank: int | None) -> Plan:
     """Build the base model and refuse what cannot be measured, before anything is.
 
-    No methods means every registered method that PEFT has too.
+    No methods means every registered method that PEFT has too, `all` every one that serves these
+    layers.
 
     Raises:
         ConfigError: an unknown model or method, or a rank that a method cannot have.
     """
     names = list(methods) or [name for name in vl.list_methods() if name in PEERS]
+    if names == ["all"]:
+        served = "linear"
+        names = [name for name in vl.list_methods() if served in vl.get_method(name).config.kinds]
     configs = [method_config(name, rank) for name in names]
     base = build_base(model, depth)
     for config in configs:

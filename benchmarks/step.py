@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> None:
     options = parse_arguments(argv)
     if options.json is not None and not options.json.resolve().parent.is_dir():
         raise OutputError(f"cannot write {options.json}: its folder does not exist")
-    for method in options.methods:
+    for method in options.methods if options.methods != ["all"] else ():
         vl.get_method(method)
     try:  # here, so that --help and an unknown method need neither timm nor PEFT
         from benchmarks import rounds
@@ -105,7 +105,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         nargs="+",
         default=[],
         metavar="NAME",
-        help="methods or presets; default: every registered method that PEFT has too",
+        help="methods or presets, or all; default: every registered method that PEFT has too",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write one line per row")
     parser.add_argument(

@@ -1,4 +1,4 @@
-"""Write the tables of the README and the docs from the registry and the measured results.
+"""Write the tables and method pages of the README and the docs, from the registry and the results.
 
 Usage: python scripts/tables.py [--check]
 """
@@ -8,53 +8,145 @@ import json
 import re
 import sys
 from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
 
 import visionlora as vl
+from visionlora.config import AdapterConfig
 from visionlora.io.atomic import write_text_atomically
+from visionlora.methods import Delta
 from visionlora.registry import list_presets
+from visionlora.sites import Site
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results" / "step.jsonl"
+RESULTS = ROOT / "benchmarks" / "results"
+CLAIMS = ROOT / "benchmarks" / "claims.json"
+PAGES = ROOT / "docs" / "methods"
 # The running example of the field: q and v of the 12 blocks of ViT-B/16.
 VIEWS, WIDTH = 24, 768
 
 
 def method_table() -> str:
-    """Return the table of registered methods with their closed-form parameter counts."""
-    rows = ["| method | what it is | trained on ViT-B/16 q, v | at |", "|---|---|---|---|"]
+    """Return the table of registered methods: where they act, what they train, what they become."""
+    rows = [
+        "| method | what it is | layers | as plain LoRA | trained on ViT-B/16 q, v |",
+        "|---|---|---|---|---|",
+    ]
     for name in vl.list_methods():
         method = vl.get_method(name)
         config = method.config()
-        count = VIEWS * method.delta.parameter_count(config, WIDTH, WIDTH)
-        title = re.sub(r"^[\w-]+: ", "", method.summary).rstrip(".")
-        rows.append(f"| `{name}` | {title} | {count:,} | rank {getattr(config, 'rank', '-')} |")
-    for preset in list_presets():
-        rows.append(f"| `{preset.name}` | preset of `{preset.method}`: {preset.summary} | | |")
+        layers = ", ".join(sorted(config.kinds))
+        link = f"[`{name}`](docs/methods/{name}.md)"
+        rows.append(
+            f"| {link} | {_title(method.summary)} | {layers} | {_as_lora(config)} | "
+            f"{_count(config)} |"
+        )
     return "\n".join(rows)
 
 
-def method_pages() -> str:
-    """Return one section per method: its module docstring, where the equation is."""
-    parts = []
-    for name in vl.list_methods():
-        parts.append(f"## {name}\n\n```text\n{vl.get_method(name).documentation.strip()}\n```")
-    return "\n\n".join(parts)
+def method_index() -> str:
+    """Return the same table with links that hold inside `docs/methods/`, and the presets."""
+    table = method_table().replace("(docs/methods/", "(")
+    presets = ["| preset | of | what it sets |", "|---|---|---|"]
+    presets += [f"| `{item.name}` | `{item.method}` | {item.summary} |" for item in list_presets()]
+    return table + "\n\n" + "\n".join(presets)
+
+
+def _title(summary: str) -> str:
+    return re.sub(r"^[\w-]+(?: and [\w-]+)?: ", "", summary).rstrip(".")
+
+
+def _example(config: AdapterConfig) -> Delta | None:
+    """Return the change of one projection of ViT-B/16, or None where the method serves none."""
+    if "linear" not in config.kinds:
+        return None
+    layer = vl.inject(nn.Linear(WIDTH, WIDTH), config, "type:Linear")
+    (delta,) = (module for module in layer.modules() if isinstance(module, Delta))
+    return delta
+
+
+@torch.no_grad()
+def _as_lora(config: AdapterConfig) -> str:
+    """Say what `export(format="lora")` gives."""
+    delta = _example(config)
+    if delta is None or delta.bias_change() is not None:
+        return "no (biases or norms)"
+    if not delta.mergeable:
+        return "after freezing the routing"
+    return "best of a rank" if delta.factors() is None else "exact"
+
+
+def _count(config: AdapterConfig) -> str:
+    """Return the trained scalars in closed form, with the rank they are for."""
+    if "linear" not in config.kinds:
+        return "-"
+    method = vl.get_method(config.method)
+    count = VIEWS * method.delta.parameter_count(config, WIDTH, WIDTH)
+    if method.shared is not None:
+        sites = [Site(f"blocks.{i}", "weight", "linear", WIDTH, WIDTH) for i in range(VIEWS)]
+        count += method.shared.parameter_count(config, sites)
+    rank = getattr(config, "rank", None)
+    return f"{count:,}" + (f" (rank {rank})" if rank else "")
+
+
+def measured_table() -> str:
+    """Return what every method did on the embedded task, beside what its paper says."""
+    items = _lines("methods.jsonl")
+    if not items:
+        return "No measurement is stored: run `make methods`."
+    steps = {item["method"]: item for item in _lines("step-all.jsonl") if _is_ours(item)}
+    claims: dict[str, str] = json.loads(CLAIMS.read_text(encoding="utf-8"))
+    rows = [
+        "| method | accuracy | trained | file, kB | step | saved | what its authors report |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for item in sorted(items, key=lambda item: -item["accuracy"]):
+        step = steps.get(item["method"])
+        costs = ("-", "-") if step is None else (step["step_ratio"], step["saved_ratio"])
+        shown = [cost if isinstance(cost, str) else f"{cost:.2f}" for cost in costs]
+        accuracy = f"{item['accuracy']:.1f} ± {item['std']:.1f}"
+        rows.append(
+            f"| `{item['method']}` | {accuracy} | {item['parameters']:,} | "
+            f"{item['file_bytes'] / 1000:.0f} | {' | '.join(shown)} | "
+            f"{claims[item['method']] or 'nothing quoted'} |"
+        )
+    first = items[0]
+    head = (
+        f"Zero-shot {first['zero_shot']:.1f}; {first['steps']} steps, "
+        f"{len(first['seeds'])} seeds, mean ± standard deviation.\n\n"
+    )
+    return head + "\n".join(rows)
+
+
+def _is_ours(item: dict[str, Any]) -> bool:
+    return bool(item["library"] == "visionlora")
 
 
 def step_table() -> str:
     """Return the measured step table, or say that there is none."""
-    if not RESULTS.exists():
-        return "No measurement is stored: run `make bench`."
     rows = ["| library | method | step | forward | saved bytes |", "|---|---|---|---|---|"]
-    for line in RESULTS.read_text(encoding="utf-8").splitlines():
-        item = json.loads(line)
+    for item in _lines("step.jsonl"):
         figures = (f"{item[key]:.2f}" for key in ("step_ratio", "forward_ratio", "saved_ratio"))
         rows.append(f"| {item['library']} | {item['method']} | {' | '.join(figures)} |")
-    return "\n".join(rows)
+    return "\n".join(rows) if len(rows) > 2 else "No measurement is stored: run `make bench`."
 
 
-TABLES = {"methods": method_table, "method-pages": method_pages, "step": step_table}
-FILES = ("README.md", "docs/index.md", "docs/methods.md", "docs/performance.md")
+def _lines(name: str) -> list[dict[str, Any]]:
+    path = RESULTS / name
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+TABLES = {
+    "methods": method_table,
+    "method-index": method_index,
+    "measured": measured_table,
+    "step": step_table,
+}
+FILES = ("README.md", "docs/index.md", "docs/methods/index.md", "docs/performance.md")
 
 
 def filled(text: str) -> str:
@@ -68,22 +160,47 @@ def filled(text: str) -> str:
     return text
 
 
+def method_page(name: str) -> str:
+    """Return the page of one method: its module docstring, and its options."""
+    method = vl.get_method(name)
+    options = json.dumps(method.config().to_dict(), indent=2)
+    return (
+        f"# {name}\n\n```text\n{method.documentation.strip()}\n```\n\n"
+        f'Defaults: `vl.inject(model, "{name}", ...)`\n\n```json\n{options}\n```\n'
+    )
+
+
+def pages() -> dict[Path, str | None]:
+    """Return every generated page with its content; None for one whose method is gone."""
+    wanted: dict[Path, str | None] = {
+        ROOT / name: filled((ROOT / name).read_text(encoding="utf-8")) for name in FILES
+    }
+    known = {PAGES / f"{name}.md": method_page(name) for name in vl.list_methods()}
+    wanted |= dict.fromkeys(
+        path for path in PAGES.glob("*.md") if path.name != "index.md" and path not in known
+    )
+    return {**wanted, **known}
+
+
 def main() -> int:
     """Rewrite the pages, or with --check report the stale ones."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--check", action="store_true", help="change nothing; 1 if one is stale")
     check = parser.parse_args().check
     stale = []
-    for name in FILES:
-        path = ROOT / name
-        text = path.read_text(encoding="utf-8")
-        fresh = filled(text)
-        if fresh != text:
-            stale.append(name)
-            if not check:
-                write_text_atomically(path, fresh)
+    for path, fresh in pages().items():
+        text = path.read_text(encoding="utf-8") if path.exists() else None
+        if fresh == text:
+            continue
+        stale.append(str(path.relative_to(ROOT)))
+        if check:
+            continue
+        if fresh is None:
+            path.unlink()
+        else:
+            write_text_atomically(path, fresh)
     if check and stale:
-        print(f"error: stale tables in {', '.join(stale)}: run make tables", file=sys.stderr)
+        print(f"error: stale pages {', '.join(stale)}: run make tables", file=sys.stderr)
         return 1
     print(f"tables: {', '.join(stale) or 'nothing'} {'stale' if check else 'rewritten'}")
     return 0
