@@ -13,6 +13,7 @@ from torch import Tensor
 from visionlora.config import AdapterConfig, check_fields
 from visionlora.errors import AdapterFileError
 from visionlora.io import contents
+from visionlora.io.foreign import guess
 from visionlora.registry import build_config
 from visionlora.sites import Site
 
@@ -51,7 +52,10 @@ def read_adapter(path: str | Path) -> AdapterFile:
             f"{path} is truncated or not a safetensors file ({error})"
         ) from error
     if "visionlora" not in metadata:
-        raise AdapterFileError(f"{path} has no visionlora description: another tool wrote it")
+        raise AdapterFileError(
+            f"{path} has no visionlora description: another tool wrote it, and it looks like "
+            f"{guess({key: tuple(item.shape) for key, item in tensors.items()})}"
+        )
     return parse_adapter(path, metadata["visionlora"], tensors)
 
 

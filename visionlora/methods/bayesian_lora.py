@@ -14,7 +14,9 @@ which for linear layers are multiply-adds) and warm-in are derived; gates are th
 
 Initial values: A uniform in +-1/sqrt(in), B from N(0, 0.02^2), E = 0, so the change starts at zero;
 gates open (logit 6); the range is the largest entry, kept as its logarithm (derived), so that it
-stays positive. Gates learn 10 times faster; gates and ranges do not decay.
+stays positive. Gates learn 10 times faster; gates and ranges do not decay. Rank gates that start at
+logit 6 hardly close at small weights, because the change spreads over all ranks before they do;
+from `rank_logit=0` on (derived) the noise of the nested gates orders the ranks early.
 
 Trained: r (out + in) + 2 r - 1 + 10 scalars a site. Noise is drawn while training; evaluation,
 merge and files use decided gates and quantised factors. When training is over, closed ranks go, the
@@ -51,6 +53,8 @@ class BayesianLoRAConfig(LowRankConfig):
     """Weight of the bit widths in the loss."""
     lambda_rank: float = 1e-3
     """Weight of the ranks in the loss."""
+    rank_logit: float = gates.INITIAL
+    """Initial logit of the rank gates: 6 is open, 0 undecided, so that noise orders the ranks."""
 
     def __post_init__(self) -> None:
         """Check types and ranges."""
@@ -62,9 +66,9 @@ class BayesianLoRAConfig(LowRankConfig):
                 )
 
     def meaning(self) -> dict[str, Any]:
-        """Leave out the weights of the loss."""
+        """Leave out what matters only in training."""
         options = super().meaning()
-        del options["lambda_bits"], options["lambda_rank"]
+        del options["lambda_bits"], options["lambda_rank"], options["rank_logit"]
         return options
 
 
@@ -103,7 +107,7 @@ class BayesianLoRA(Delta):
         self.A.copy_(uniform(tuple(self.A.shape), self.A.shape[1] ** -0.5, generator))
         self.B.copy_(torch.empty(self.B.shape).normal_(0.0, 0.02, generator=generator))
         self.E.zero_()
-        self.gates_rank.fill_(gates.INITIAL)
+        self.gates_rank.fill_(self.options.rank_logit)
         for name in "AB":
             self.get_parameter(f"gates_{name}").fill_(gates.INITIAL)
             largest = self.get_parameter(name).abs().amax().clamp_min(1e-12)

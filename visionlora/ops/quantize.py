@@ -13,7 +13,7 @@ Everything runs in at least float32.
 """
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Integer
 from torch import Tensor
 
 WIDTHS = (4, 8, 16, 32)
@@ -54,20 +54,20 @@ def residual_quantize(
 
 def to_levels(
     x: Float[Tensor, "*shape"], beta: Float[Tensor, "1"], bits: int
-) -> Int[Tensor, "*shape"]:
+) -> Integer[Tensor, "*shape"]:
     """Return the levels k of entries that lie on the `bits`-bit grid."""
     levels = (x.double() / step_size(beta.double(), bits)).round()
     return levels.to(torch.int8 if bits <= 8 else torch.int16 if bits == 16 else torch.int32)
 
 
 def from_levels(
-    levels: Int[Tensor, "*shape"], beta: Float[Tensor, "1"], bits: int
+    levels: Integer[Tensor, "*shape"], beta: Float[Tensor, "1"], bits: int
 ) -> Float[Tensor, "*shape"]:
     """Return k s_b in float64."""
     return levels.double() * step_size(beta.double(), bits)
 
 
-def pack(levels: Int[Tensor, "rows columns"], bits: int) -> Int[Tensor, "..."]:
+def pack(levels: Integer[Tensor, "rows columns"], bits: int) -> Integer[Tensor, "..."]:
     """Put levels of two or four bits together into bytes, row after row; others stay."""
     if bits not in _PACKED:
         return levels
@@ -80,7 +80,9 @@ def pack(levels: Int[Tensor, "rows columns"], bits: int) -> Int[Tensor, "..."]:
     return result
 
 
-def unpack(packed: Int[Tensor, "..."], bits: int, shape: tuple[int, int]) -> Int[Tensor, "..."]:
+def unpack(
+    packed: Integer[Tensor, "..."], bits: int, shape: tuple[int, int]
+) -> Integer[Tensor, "..."]:
     """Return the levels that `pack` was given."""
     if bits not in _PACKED:
         return packed

@@ -94,7 +94,7 @@ def squeeze(
     if keep not in get_args(Keep):
         raise ConfigError(f"squeeze: keep must be one of {get_args(Keep)}, got {keep!r}")
     refuse_merged(model, "squeeze")
-    name = _choose(model, name)
+    name = choose(model, name)
     pairs = [_pair(place) for place in places_of(model, name)]
     shared = list(dict.fromkeys(part for pair in pairs for part in pair.old.shared))
     old = [p for module in [*(pair.old for pair in pairs), *shared] for p in _trained(module)]
@@ -134,7 +134,12 @@ def settled_factors(delta: Delta) -> tuple[Tensor, Tensor] | None:
         return delta.factors() if delta.mergeable else None
 
 
-def _choose(model: nn.Module, name: str | None) -> str:
+def choose(model: nn.Module, name: str | None) -> str:
+    """Return the name of the adapter that is meant.
+
+    Raises:
+        AdapterStateError: there is none of that name, or several and no name was given.
+    """
     names = adapter_names(model)
     if name is None and len(names) != 1:
         raise AdapterStateError(f"say which adapter by name=...; the model has {names or 'none'}")
