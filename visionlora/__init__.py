@@ -19,19 +19,28 @@ from visionlora.groups import parameter_groups
 from visionlora.io.convert import convert
 from visionlora.io.export import ExportReport, export
 from visionlora.io.inspect import AdapterInfo, inspect
+from visionlora.io.integers import load_integers, save_integers
 from visionlora.io.native import adapter_state_dict, load, load_adapter_state_dict, save
 from visionlora.ranks import finalize
+from visionlora.ranks.allocation import SqueezeReport
+from visionlora.ranks.bops import BopsReport, bops
+from visionlora.ranks.combine import combine
+from visionlora.ranks.squeeze import squeeze
 from visionlora.registry import build_config, get_method, list_methods
 from visionlora.summary import Summary, summary
 
 __all__ = [
     "AdapterConfig",
     "AdapterInfo",
+    "BopsReport",
     "ExportReport",
+    "SqueezeReport",
     "Summary",
     "VisionLoraError",
     "adapter_state_dict",
+    "bops",
     "build_config",
+    "combine",
     "convert",
     "disabled",
     "eject",
@@ -44,12 +53,15 @@ __all__ = [
     "list_methods",
     "load",
     "load_adapter_state_dict",
+    "load_integers",
     "merge",
     "merged",
     "methods",
     "parameter_groups",
     "save",
+    "save_integers",
     "set_scale",
+    "squeeze",
     "summary",
     "trainable_parameters",
     "unmerge",
