@@ -83,7 +83,7 @@ def adapted_linear(
     if mode != "dense" and any(slot.delta.update is not None for slot in slots):
         return _with_updates(x, weight, bias, slots, training)
     if mode != "dense" and _rotates(slots):
-        return F.linear(_rotated(x, slots[0]), weight, bias)
+        return _with_rotation(x, weight, bias, slots[0])
     changes: list[Change] = []
     # Branches with the same fold and dropout share one input, one product and one saved tensor.
     groups: dict[tuple[int, float], list[Branch]] = {}
@@ -197,14 +197,23 @@ def _place(slot: Slot) -> tuple[float, tuple[int, int] | None]:
 
 
 def _rotates(slots: tuple[Slot, ...]) -> bool:
-    """Whether one transformation of the input is all there is."""
-    return len(slots) == 1 and slots[0].delta.rotate is not None and slots[0].rows is None
+    """Whether one transformation of the input, at full strength, is all there is."""
+    return (
+        len(slots) == 1
+        and slots[0].delta.rotate is not None
+        and slots[0].rows is None
+        and slots[0].strength == 1.0
+    )
 
 
-def _rotated(x: Tensor, slot: Slot) -> Tensor:
-    """Transform the input at the slot's strength: `W (x + s (R x - x))`."""
-    rotated = slot.delta.rotate(x)
-    return rotated if slot.strength == 1.0 else x + slot.strength * (rotated - x)
+def _with_rotation(x: Tensor, weight: Tensor, bias: Tensor | None, slot: Slot) -> Tensor:
+    """Return `g * W R x + b`."""
+    rotated, gain = slot.delta.rotate(x), slot.delta.gain()
+    if gain is None:
+        return F.linear(rotated, weight, bias)
+    y = F.linear(rotated, weight)
+    y = y * gain.to(y.dtype)
+    return y if bias is None else y + bias.to(y.dtype)
 
 
 def with_bias_changes(bias: Tensor | None, slots: tuple[Slot, ...]) -> Tensor | None:

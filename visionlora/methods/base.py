@@ -159,7 +159,11 @@ class Delta(nn.Module):
     contract_uses_output: ClassVar[bool] = False
     """Whether `contract` wants `dots`: `sum_t g * (W + delta(W)) x` per output feature."""
     rotate: ClassVar[Any] = None
-    """Optional method `rotate(x) -> x`: linear layers, `(W + delta(W)) x = W rotate(x)`."""
+    """Optional method `rotate(x) -> x`: linear layers, `(W + delta(W)) x = g * W rotate(x)`."""
+
+    def gain(self) -> Float[Tensor, " out"] | None:
+        """Return the factor g of each output beside `rotate`, or None for one."""
+        return None
 
     def bias_change(self) -> Float[Tensor, " out"] | None:
         """Return the change of the layer's bias, or None."""

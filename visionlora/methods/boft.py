@@ -98,8 +98,20 @@ class BOFT(Delta):
         return self.s[:, None] * rotate_blocks(weight, R.mT) - weight
 
     @property
+    def rotate(self) -> Any:
+        """The path of a linear layer: `W' x = s * W (R_1 ... R_m x)`."""
+        return self._rotate_input if self.kind == "linear" else None
+
+    def _rotate_input(self, x: Tensor) -> Tensor:
+        return rotate_blocks(x, self.rotation().to(x.dtype))
+
+    def gain(self) -> Float[Tensor, " out"]:
+        """Return s."""
+        return self.s
+
+    @property
     def update(self) -> Any:
-        """The path of an Embedding; elsewhere the scale of the output asks for the changed W."""
+        """The path of an Embedding, whose output is rotated."""
         return self._rotate_output if self.kind == "embedding" else None
 
     def _rotate_output(self, y: Tensor, x: Tensor, layer: Layer) -> Tensor:
