@@ -42,10 +42,15 @@ class Controller(Dynamics):
         self.model = model
         self.optimizer = optimizer
         self.steps = steps
-        self.places: list[Place] = [
+        self.adapter, self.method = adapter, method
+        self.places: list[Place] = self.find()
+
+    def find(self) -> list[Place]:
+        """Return the places that are controlled, as they are now, in module order."""
+        return [
             place
-            for place in places_of(model, adapter)
-            if place.delta.config.method == method and place.active
+            for place in places_of(self.model, self.adapter)
+            if place.delta.config.method == self.method and place.active
         ]
 
     def held_out(self, step: int) -> bool:
