@@ -7,6 +7,16 @@ import torch
 from torch import nn
 
 import visionlora as vl
+from tests.contract.cases import (
+    DEFAULTS,
+    KINDS,
+    WIDTH,
+    adapted,
+    assert_unchanged,
+    is_routed,
+    refused,
+    snapshot,
+)
 from tests.tolerances import assert_close
 from visionlora.errors import AdapterStateError, ConfigError
 from visionlora.ranks import allocation, factors
@@ -273,6 +283,29 @@ def test_other_factor_forms_become_plain_lora_exactly(method, options, tmp_path)
     path = vl.save(model, tmp_path / "a.safetensors")
     torch.manual_seed(7)
     assert torch.equal(vl.load(Net().double(), path).eval()(INDEX), model(INDEX))
+
+
+@pytest.mark.parametrize("config", DEFAULTS, ids=lambda config: config.method)
+def test_every_method_is_squeezed_without_loss_where_the_rank_suffices_or_refused(config):
+    kind = next(kind for kind in KINDS if kind.name == "qkv-slices")
+    if refused(config, kind):
+        pytest.skip("not for linear layers")
+    model, inputs = adapted(config, kind).eval(), kind.inputs()
+    expected = model(*inputs)
+    before = snapshot(model)
+    plain = not is_routed(config) and all(
+        delta.factors() is not None and delta.bias_change() is None for _, delta in deltas(model)
+    )
+    if not plain and config.method != "dora":
+        with pytest.raises(AdapterStateError, match="no factor form"):
+            squeeze(model, rank=WIDTH)
+        assert_unchanged(model, before)
+        return
+    report = squeeze(model, rank=WIDTH)
+    assert report.error < 1e-7
+    assert_close(model(*inputs), expected)
+    vl.eject(model)
+    assert_close(model(*inputs), kind.model().eval()(*inputs))
 
 
 @pytest.mark.parametrize("method", ["lora", "dora", "lora-fa"])
