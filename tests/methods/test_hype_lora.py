@@ -16,6 +16,7 @@ from tests.tolerances import assert_close
 from visionlora.dynamics import Stepper
 from visionlora.errors import ConfigError
 from visionlora.ranks import controllers_of
+from visionlora.training import RunDirectory, TrainSettings, fit
 
 TARGETS = ["blocks.*.qkv[q,v]", "blocks.*.out", "stem"]
 KINDS = pytest.mark.parametrize("generator", ["mlp", "transformer"])
@@ -349,3 +350,34 @@ def test_bad_options_are_refused():
     for options in ({"width": 0}, {"depth": 0}, {"embedding": 0}, {"blend_weight": 1.5}):
         with pytest.raises(ConfigError, match="hype-lora"):
             vl.build_config("hype-lora", options)
+
+
+def fitted(folder, *, resume=False, dies_at=None):
+    """Train for 6 steps, or until the data of a step are asked for."""
+    model = tower(random=False, blend="add", down="fixed", alpha=1.0)
+
+    def batches(step):
+        if step == dies_at:
+            raise OSError("power cut")
+        return batch(step)
+
+    fit(
+        model,
+        torch.optim.AdamW(trained(model), lr=1e-2),
+        lambda model, x: (model(x) - x).square().mean(),
+        batches,
+        TrainSettings(steps=6, device="cpu", checkpoint_every=2, log_every=1),
+        RunDirectory(folder, resume=resume),
+    )
+    return model
+
+
+def test_a_resumed_run_blends_as_the_whole_one(tmp_path):
+    whole = fitted(tmp_path / "whole")
+    assert deltas(whole)[0].config.blend_weight == 0.0
+    with pytest.raises(OSError, match="power cut"):
+        fitted(tmp_path / "stopped", dies_at=5)
+    resumed = fitted(tmp_path / "stopped", resume=True)
+    assert deltas(resumed)[0].config.blend_weight == 0.0
+    for one, other in zip(trained(whole), trained(resumed), strict=True):
+        assert torch.equal(one, other)

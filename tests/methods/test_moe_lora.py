@@ -126,10 +126,10 @@ def test_a_linear_layer_follows_the_definition(top_k):
 
 @ON_SITES
 def test_constant_gates_make_the_frozen_factors_exact(kind):
-    model = build(kind, experts=3)
+    model = build(kind, experts=4)
     with torch.no_grad():
         for delta in deltas(model):
-            delta.router.zero_()  # every gate is 1/3
+            delta.router.zero_()  # every gate is 1/4; E r is more than some sites can have
     inputs = kind.inputs()
     model.train()
     expected = model(*inputs).detach()
