@@ -9,10 +9,14 @@ from torch import nn
 
 import visionlora as vl
 from tests.tolerances import assert_close
-from visionlora.errors import AdapterFileError
+from visionlora.errors import AdapterFileError, VisionLoraError
+from visionlora.io.peft.config import targeted
 from visionlora.record import hosts_of
 
 peft = pytest.importorskip("peft")
+check_target_module_exists = pytest.importorskip(
+    "peft.tuners.tuners_utils"
+).check_target_module_exists
 pytestmark = pytest.mark.parity
 
 
@@ -212,6 +216,104 @@ def test_ranks_that_adalora_took_away_are_gone(tmp_path):
     assert report.kind == "ADALORA"
     there = peft.PeftModel.from_pretrained(Net().double(), report).eval()
     assert_close(there(INDEX), theirs(INDEX))
+
+
+NAMES = [
+    *[f"visual.blocks.{index}.{leaf}" for index in (0, 1, 12) for leaf in ("fc", "attn.fc2")],
+    "blocks.1.fc",
+    "fc",
+    "head.fc",
+    "deep.layers.1.blocks.0.fc",
+]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": ["fc"]},
+        {"target_modules": ["fc"], "layers_to_transform": [1]},
+        {"target_modules": ["fc", "blocks.1.fc"], "layers_to_transform": 0},
+        {"target_modules": ["fc"], "layers_to_transform": [1, 12], "layers_pattern": "blocks"},
+        {"target_modules": ["fc2"], "layers_to_transform": [0], "layers_pattern": ["a", "blocks"]},
+        {"target_modules": r".*blocks\.1.*", "exclude_modules": ["fc2"]},
+        {"target_modules": ["fc"], "exclude_modules": r"head\..*", "modules_to_save": ["visual"]},
+    ],
+)
+def test_names_are_matched_as_peft_does(options):
+    config = peft.LoraConfig(**options)
+    theirs = [name for name in NAMES if check_target_module_exists(config, name)]
+    if theirs:
+        assert targeted({**config.to_dict(), **options}, NAMES) == theirs
+    else:
+        with pytest.raises(AdapterFileError, match="match no layer"):
+            targeted({**config.to_dict(), **options}, NAMES)
+
+
+WRONG = (None, -1, 10**4, 0.5, "(", [], {"(": 1})
+
+
+@pytest.mark.parametrize("case", ["lora", "adalora", "lokr", "tinylora", "unilora"])
+def test_no_configuration_crashes_load_or_leaves_a_half_changed_model(case, tmp_path):
+    """Every value of the configuration is replaced by every kind of wrong value."""
+    saved(case, tmp_path, torch.float32)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    model = Net()
+    before = {key: item.clone() for key, item in model.state_dict().items()}
+    for key in config:
+        for value in WRONG:
+            change(tmp_path, **{**config, key: value})
+            try:
+                vl.load(model, tmp_path)
+            except VisionLoraError as error:
+                assert "\n" not in str(error)  # noqa: PT017
+                assert not hosts_of(model)
+                assert all(torch.equal(model.state_dict()[k], v) for k, v in before.items())
+            else:  # a value that does no harm
+                vl.eject(model)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if "," not in case])
+def test_no_tensor_crashes_load_or_leaves_a_half_changed_model(case, tmp_path):
+    """Every tensor is dropped, cut, flattened and poisoned in turn."""
+    saved(case, tmp_path, torch.float32)
+    path = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(path)
+    model = Net()
+    damages = (
+        lambda item: None,
+        lambda item: item[:-1],
+        lambda item: item[None],
+        lambda item: item.reshape(-1, 1),
+        lambda item: torch.full_like(item, -1),
+        lambda item: item.float() * float("nan"),
+    )
+    for key, item in tensors.items():
+        for damage in damages:
+            changed = damage(item)
+            kept = {k: v for k, v in tensors.items() if k != key}
+            save_file(kept if changed is None else {**kept, key: changed.contiguous()}, path)
+            try:
+                vl.load(model, tmp_path)
+            except VisionLoraError as error:
+                assert "\n" not in str(error)  # noqa: PT017
+                assert not hosts_of(model)
+            else:
+                vl.eject(model)
+
+
+def test_a_pair_of_a_rank_beyond_the_layer_is_the_same_function(tmp_path):
+    theirs = peft.get_peft_model(
+        Net().double(),
+        peft.LoraConfig(r=20, lora_alpha=9, use_rslora=True, target_modules=["fc", "head"]),
+    ).eval()
+    with torch.no_grad():
+        for name, item in theirs.named_parameters():
+            if "lora" in name:
+                item.normal_()
+    theirs.save_pretrained(tmp_path)
+    ours = vl.load(Net().double(), tmp_path).eval()
+    assert_close(ours(INDEX), theirs(INDEX))
+    assert ours.head.adapters["default"]["weight"].A.shape == (3, 8)
 
 
 def test_either_file_may_be_named(tmp_path):

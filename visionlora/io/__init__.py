@@ -1,1 +1,1 @@
-"""Adapter files: the native format, and atomic writing."""
+"""Adapter files: the native format, that of PEFT, conversion between them, atomic writing."""

@@ -121,10 +121,7 @@ def targeted(config: dict[str, Any], names: Iterable[str]) -> list[str]:
         for name in names
         if not _matches(config.get("exclude_modules"), name)
         and not _inside(config.get("modules_to_save"), name)
-        and (
-            targets == "all-linear"
-            or (_matches(targets, name) and (isinstance(targets, str) or _in_layer(config, name)))
-        )
+        and (targets == "all-linear" or _chosen(config, targets, name))
     ]
     if not found:
         raise AdapterFileError(f"target_modules {targets!r} match no layer of the model")
@@ -139,6 +136,13 @@ def _matches(targets: Any, name: str) -> bool:
     return any(name == target or name.endswith(f".{target}") for target in targets)
 
 
+def _chosen(config: dict[str, Any], targets: Any, name: str) -> bool:
+    """Whether a name is a target: a pattern or a full name always, an ending in some blocks."""
+    if isinstance(targets, str) or name in (targets or ()):
+        return _matches(targets, name)
+    return _matches(targets, name) and _in_layer(config, name)
+
+
 def _inside(modules: Any, name: str) -> bool:
     return any(re.match(rf"(^|.*\.){module}($|\..*)", name) for module in modules or ())
 
@@ -149,8 +153,9 @@ def _in_layer(config: dict[str, Any], name: str) -> bool:
     if wanted is None or wanted == []:
         return True
     wanted = [wanted] if isinstance(wanted, int) else wanted
-    patterns = config.get("layers_pattern") or ["[^.]*"]
+    patterns = config.get("layers_pattern") or []
     patterns = [patterns] if isinstance(patterns, str) else patterns
     found = [re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", name) for pattern in patterns]
+    found = found or [re.match(r".*?\.[^.]*\.(\d+)\.", name)]
     first = next((match for match in found if match), None)
     return first is not None and int(first[1]) in wanted

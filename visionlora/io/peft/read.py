@@ -37,7 +37,9 @@ def translate(file: PeftFile, known: KnownLayers) -> AdapterFile:
         raise AdapterFileError(f"{file.path} lacks tensor or option {error}") from error
     except VisionLoraError as error:
         raise AdapterFileError(f"{file.path}: {error}") from error
-    except (TypeError, ValueError, IndexError, RuntimeError) as error:
+    except (AttributeError, ArithmeticError, LookupError) as error:
+        raise AdapterFileError(f"{file.path} is inconsistent ({error})") from error
+    except (TypeError, ValueError, RuntimeError, re.error) as error:
         raise AdapterFileError(f"{file.path} is inconsistent ({error})") from error
     if not translation.plan:
         raise AdapterFileError(f"{file.path} holds no tensor of a {file.kind} adapter")
