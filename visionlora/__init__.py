@@ -1,6 +1,6 @@
 """Adapt pretrained vision models with low-rank layers."""
 
-from visionlora import methods
+from visionlora import analysis, methods
 from visionlora.api import (
     disabled,
     eject,
@@ -38,6 +38,7 @@ __all__ = [
     "Summary",
     "VisionLoraError",
     "adapter_state_dict",
+    "analysis",
     "bops",
     "build_config",
     "combine",
