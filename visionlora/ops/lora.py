@@ -10,9 +10,9 @@ and one saved input. Backward, with `g = dL/dy`:
 
     gh_i = s_i g[:, rows_i] B_i,  dB_i = s_i g[:, rows_i]^T h_i,  dA = gh^T z,  dx = g W + gh A
 
-Where one factor is frozen and the rank is large, half of this is cheaper through the changed weight
-`W' = W + s B A`, built in scratch: with B frozen the forward needs no `h`, so `y = x W'^T`; with A
-frozen the backward needs no `gh`, so `dx = g W'`.
+Where one factor is frozen and the rank is large, the changed weight `W' = W + s B A`, built in
+scratch, saves products: with A frozen the backward needs no `gh`, so `dx = g W'`; for a frozen B
+see `visionlora.ops.frozen_up`.
 
 Saved for backward: `z` (only if some A is trained), `h` (only if some B is trained), and
 references to the weights. The backward is itself differentiable, so second-order methods work: `h`
@@ -25,6 +25,9 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
+
+from visionlora.ops import frozen_up
+from visionlora.ops.frozen_up import changed
 
 Frozen = Literal["up", "down", ""]
 
@@ -49,11 +52,12 @@ def multiply_adds(
 ) -> int:
     """Return the multiply-adds of one training step of a branch, beside the base layer's."""
     thin = tokens * rank * (out_features + in_features)
-    half = min(thin, rank * out_features * in_features) if rank >= _LARGE_RANK else thin
-    if frozen == "up":
-        return half + tokens * rank * (out_features + 2 * in_features)
-    if frozen == "down":
-        return half + tokens * rank * (2 * out_features + in_features)
+    build = rank * out_features * in_features
+    if rank >= _LARGE_RANK and build < thin:
+        if frozen == "up":
+            return build + frozen_up.backward_multiply_adds(tokens, rank, out_features, in_features)
+        if frozen == "down":
+            return build + tokens * rank * (2 * out_features + in_features)
     return 3 * thin
 
 
@@ -94,14 +98,18 @@ def _apply(
     x2 = x.reshape(-1, x.shape[-1])
     z2 = None if z is None else z.reshape(-1, z.shape[-1])
     merged = _merged(branches, weight, x2.shape[0]) if z is None else ""
-    y, _ = _LoRALinear.apply(x2, z2, weight, bias, layout, merged, *factors)
+    if merged == "up":
+        y = frozen_up.frozen_up_linear(x2, weight, bias, layout, factors)
+    else:
+        y, _ = _LoRALinear.apply(x2, z2, weight, bias, layout, merged == "down", *factors)
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
 def _merged(branches: list[Branch], weight: Tensor, tokens: int) -> Frozen:
     """Return the factor that is frozen in all branches, if the changed weight is cheaper."""
     frozen = branches[0].frozen
-    if any(branch.frozen != frozen for branch in branches):
+    trains = any(branch.up.requires_grad for branch in branches) and frozen == "up"
+    if trains or any(branch.frozen != frozen for branch in branches):
         return ""
     rank = sum(branch.up.shape[1] for branch in branches)
     out_features, in_features = weight.shape
@@ -128,20 +136,16 @@ class _LoRALinear(torch.autograd.Function):
         # needs_input_grad: x, z, weight, bias, layout, merged, up_0, down_0, up_1, down_1, ...
         trains_up = any(ctx.needs_input_grad[6::2])
         trains_down = any(ctx.needs_input_grad[7::2])
-        if merged == "up" and not trains_up:
-            y = F.linear(x, _changed(weight.to(dtype), layout, ups, downs), bias)
-            h = x.new_empty(0)
-        else:
-            y = F.linear(x, weight.to(dtype), bias)
-            h = (x if z is None else z) @ _stack(downs, dtype).t()
-            start = 0
-            for (scale, rows), up in zip(layout, ups, strict=True):
-                part = h[:, start : start + up.shape[1]]
-                _rows(y, rows).addmm_(part, up.to(dtype).t(), alpha=scale)
-                start += up.shape[1]
+        y = F.linear(x, weight.to(dtype), bias)
+        h = (x if z is None else z) @ _stack(downs, dtype).t()
+        start = 0
+        for (scale, rows), up in zip(layout, ups, strict=True):
+            part = h[:, start : start + up.shape[1]]
+            _rows(y, rows).addmm_(part, up.to(dtype).t(), alpha=scale)
+            start += up.shape[1]
         keeps_x = ctx.needs_input_grad[2] or (z is None and trains_down)
         ctx.layout = layout
-        ctx.merged = merged == "down" and not trains_down
+        ctx.merged = merged and not trains_down
         ctx.separate = z is not None
         ctx.dtype = dtype
         ctx.save_for_backward(
@@ -180,8 +184,8 @@ class _LoRALinear(torch.autograd.Function):
             start += up.shape[1]
         grad_x = grad_z = None
         if merged:
-            changed = _changed(weight.to(dtype), ctx.layout, ups, downs) if needs[0] else None
-            grad_x = None if changed is None else g @ changed
+            whole = changed(weight.to(dtype), ctx.layout, ups, downs) if needs[0] else None
+            grad_x = None if whole is None else g @ whole
         else:
             gh = hidden[0] if len(hidden) == 1 else torch.cat(hidden, dim=1)
             if g_hidden is not None:
@@ -204,16 +208,3 @@ class _LoRALinear(torch.autograd.Function):
             ]
         grads = [item for pair in zip(grad_ups, grad_downs, strict=True) for item in pair]
         return grad_x, grad_z, grad_weight, grad_bias, None, None, *grads
-
-
-def _changed(weight: Tensor, layout, ups, downs) -> Tensor:  # type: ignore[no-untyped-def]
-    """Return W plus the change of every branch."""
-    result = weight
-    for (scale, rows), up, down in zip(layout, ups, downs, strict=True):
-        start, stop = rows or (0, weight.shape[0])
-        changed = torch.addmm(
-            result[start:stop], up.to(weight.dtype), down.to(weight.dtype), alpha=scale
-        )
-        whole = stop - start == weight.shape[0]
-        result = changed if whole else torch.slice_scatter(result, changed, 0, start, stop)
-    return result
