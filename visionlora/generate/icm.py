@@ -1,4 +1,4 @@
-r"""ICM-LoRA: a generator that turns a task vector into a LoRA adapter (2025, YihuaJerry/ICM-LoRA).
+r"""ICM-LoRA: LoRA adapters generated from task vectors (Shao et al. 2025, arXiv 2501.17635).
 
     x = standardise(flatten(canonical(adapter)))      one vector per snapshot
     train:     CVAE on (x, c), c the task vector      AdamW 2e-4, cosine, batch 2, 2000 epochs
