@@ -285,6 +285,20 @@ def test_other_factor_forms_become_plain_lora_exactly(method, options, tmp_path)
     assert torch.equal(vl.load(Net().double(), path).eval()(INDEX), model(INDEX))
 
 
+def test_experts_are_compressed_one_by_one():
+    model = net("moe-lora", ["qkv"], rank=3, experts=2)
+    ((_, delta),) = deltas(model)
+    before = (delta.B @ delta.A).detach()
+    router = delta.router.detach().clone()
+    report = squeeze(model, rank=2)
+    ((_, delta),) = deltas(model)
+    assert delta.A.shape[:2] == (2, 2)
+    u, values, v = torch.linalg.svd(before, full_matrices=False)
+    assert_close(delta.B @ delta.A, (u[..., :2] * values[:, None, :2]) @ v[:, :2])
+    assert report.error == pytest.approx(float(values[:, 2:].norm() / values.norm()))
+    assert torch.equal(delta.router, router)
+
+
 @pytest.mark.parametrize("config", DEFAULTS, ids=lambda config: config.method)
 def test_every_method_is_squeezed_without_loss_where_the_rank_suffices_or_refused(config):
     kind = next(kind for kind in KINDS if kind.name == "qkv-slices")
@@ -296,7 +310,7 @@ def test_every_method_is_squeezed_without_loss_where_the_rank_suffices_or_refuse
     plain = not is_routed(config) and all(
         delta.factors() is not None and delta.bias_change() is None for _, delta in deltas(model)
     )
-    if not plain and config.method != "dora":
+    if not plain and config.method not in ("dora", "moe-lora"):
         with pytest.raises(AdapterStateError, match="no factor form"):
             squeeze(model, rank=WIDTH)
         assert_unchanged(model, before)

@@ -58,8 +58,8 @@ class Request:
 
     def spectrum(self, site: str, up: Tensor, down: Tensor, size: float) -> Spectrum:
         """Return the triples of a pair, as many as the request needs."""
-        rank = up.shape[1]
-        if self.rank is not None and rank > max(_EXACT_UP_TO, 2 * self.rank):
+        rank = up.shape[-1]
+        if self.rank is not None and up.dim() == 2 and rank > max(_EXACT_UP_TO, 2 * self.rank):
             generator = named_generator(0, f"squeeze {site}")
             return Spectrum(site, rank, leading_triples(up, down, self.rank, generator), size)
         return Spectrum(site, rank, singular_triples(up, down), size)
@@ -67,11 +67,13 @@ class Request:
     def ranks(self, spectra: Sequence[Spectrum]) -> list[int]:
         """Return the rank of every site; 0 where nothing is worth keeping."""
         if self.rank is not None:
-            return [min(self.rank, len(item.triples.values)) for item in spectra]
+            return [min(self.rank, len(item.triples.spectrum)) for item in spectra]
         if self.energy is not None:
-            return [rank_for_energy(item.triples.values, self.energy) for item in spectra]
+            return [rank_for_energy(item.triples.spectrum, self.energy) for item in spectra]
         assert self.budget is not None
-        return ranks_for_budget([item.size * item.triples.values for item in spectra], self.budget)
+        return ranks_for_budget(
+            [item.size * item.triples.spectrum for item in spectra], self.budget
+        )
 
 
 @dataclass(frozen=True)

@@ -23,11 +23,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Triples:
-    """Leading singular triples of a product, largest first."""
+    """Leading singular triples of a product, or of a stack of products, largest first."""
 
-    left: Float[Tensor, "out k"]
-    values: Float[Tensor, " k"]
-    right: Float[Tensor, "k in"]
+    left: Float[Tensor, "*stack out k"]
+    values: Float[Tensor, "*stack k"]
+    right: Float[Tensor, "*stack k in"]
     missing: float = 0.0
     """Sum of the squares of the singular values that were not computed."""
 
@@ -36,32 +36,39 @@ class Triples:
         """Sum of the squares of all singular values: the squared norm of the product."""
         return float(self.values.double().square().sum()) + self.missing
 
+    @property
+    def spectrum(self) -> Float[Tensor, " k"]:
+        """The values; over a stack, the root of the sum of their squares at each place."""
+        return self.values if self.values.dim() == 1 else self.values.flatten(0, -2).norm(dim=0)
+
     def pair(self, rank: int, factor: float = 1.0) -> tuple[Tensor, Tensor]:
         """Return `(B', A')` with `B' A' = factor * P_rank`, split evenly over both factors.
 
         A direction of value zero gets a zero column in B' and a row as long as the longest in A':
         were both zero, it could never train again.
         """
-        root = (abs(factor) * self.values[:rank]).sqrt()
+        root = (abs(factor) * self.values[..., :rank]).sqrt()
         longest = root.max() if bool((root > 0).any()) else root.new_ones(())
         empty = root.square() <= torch.finfo(root.dtype).eps * longest.square()
         up = root.masked_fill(empty, 0.0) * (-1.0 if factor < 0 else 1.0)
         down = torch.where(empty, longest, root)
-        return self.left[:, :rank] * up, down[:, None] * self.right[:rank]
+        return self.left[..., :rank] * up[..., None, :], down[..., None] * self.right[..., :rank, :]
 
     def error(self, rank: int) -> float:
         """Return the Frobenius norm of what `rank` triples leave out."""
-        return (float(self.values[rank:].double().square().sum()) + self.missing) ** 0.5
+        return (float(self.values[..., rank:].double().square().sum()) + self.missing) ** 0.5
 
 
 @torch.no_grad()
-def singular_triples(up: Float[Tensor, "out r"], down: Float[Tensor, "r in"]) -> Triples:
+def singular_triples(
+    up: Float[Tensor, "*stack out r"], down: Float[Tensor, "*stack r in"]
+) -> Triples:
     """Return all singular triples of `up @ down`, exactly."""
     up, down = _at_least_float(up), _at_least_float(down)
     left, left_small = torch.linalg.qr(up)
-    right, right_small = torch.linalg.qr(down.t())
-    inner, values, outer = torch.linalg.svd(left_small @ right_small.t(), full_matrices=False)
-    return Triples(left @ inner, values, outer @ right.t())
+    right, right_small = torch.linalg.qr(down.mT)
+    inner, values, outer = torch.linalg.svd(left_small @ right_small.mT, full_matrices=False)
+    return Triples(left @ inner, values, outer @ right.mT)
 
 
 @torch.no_grad()

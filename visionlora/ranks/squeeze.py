@@ -12,8 +12,9 @@ is taken out of the adapter; one that trains more than the pair keeps rank 1.
 Post-Squeeze is `squeeze` after training. Cont-Squeeze is to train 5 to 10 % longer after it, with
 the old optimiser handed to `squeeze` or a new one. In-Squeeze is the method `squeeze-lora`.
 
-Methods with a trained pair (LoRA, DoRA, ...) keep their kind and whatever else they train; error
-and energy are then those of the pair. Others with a factor form become plain LoRA, exactly.
+Methods with a trained pair (LoRA, DoRA, ...) or one per expert (MoE-LoRA) keep their kind and
+whatever else they train; error and energy are then those of the pairs. Others with a factor form
+become plain LoRA, exactly.
 """
 
 import dataclasses
@@ -189,7 +190,8 @@ def _carries(place: Place) -> bool:
     except ConfigError:
         return False
     expected = {key: tuple(item.shape) for key, item in own.items()}
-    expected["A"], expected["B"] = (1, *expected["A"][1:]), (*expected["B"][:-1], 1)
+    *stack, _, columns = expected["A"]
+    expected["A"], expected["B"] = (*stack, 1, columns), (*expected["B"][:-1], 1)
     return expected == {key: tuple(item.shape) for key, item in twin.named_parameters()}
 
 
