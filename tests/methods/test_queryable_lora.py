@@ -12,9 +12,11 @@ import visionlora as vl
 from tests.contract.cases import FEW, gradients
 from tests.methods.test_moe_lora import ON_SITES, build, deltas, disturb
 from tests.tolerances import assert_close
+from visionlora.dynamics import Stepper
 from visionlora.errors import AdapterStateError, ConfigError, VisionLoraError
 from visionlora.freeze import freeze_routing
 from visionlora.methods.depth import block_index, fit
+from visionlora.ranks import controllers_of
 
 METHOD = "queryable-lora"
 WIDTH = 6
@@ -443,3 +445,22 @@ def test_bad_options_are_refused():
     kind = next(kind for kind in FEW if kind.name == "linear-wide")
     with pytest.raises(VisionLoraError):
         vl.inject(kind.model(), METHOD, kind.target, mode="dense", rank=2)
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        (METHOD, {"divergence": 0.1}),
+        ("moe-lora", {"experts": 3, "top_k": 1, "balance_weight": 0.1}),
+    ],
+)
+def test_a_training_step_adds_the_penalty_and_reaches_everything(method, options):
+    model = tower(method, **options)
+    optimizer = torch.optim.SGD(trained(model), lr=1e-2)
+    stepper = Stepper(model, optimizer, dynamics=controllers_of(model, optimizer, 2))
+    with torch.no_grad():
+        bare = model.eval()(batch()).square().mean()
+    model.train()
+    report = stepper.step([batch(), batch()], lambda x: model(x).square().mean())
+    assert report.loss > float(bare) + 1e-6
+    stepper.step([batch(1)], lambda x: model(x).square().mean())

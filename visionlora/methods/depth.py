@@ -64,6 +64,11 @@ def blocks_of(sites: list[Site], size: int) -> dict[str, tuple[str, int]]:
     }
 
 
+def is_deep(sites: list[Site], size: int) -> bool:
+    """Return whether some tower has a second block, which can look back."""
+    return any(block for _, block in blocks_of(sites, size).values())
+
+
 class Pass:
     """One forward through one tower: states and gates of the blocks that have run."""
 

@@ -24,10 +24,11 @@ paper trains its MLP at 4e-5 and its transformer at 4e-4, with a weight decay of
 
 Trained: nothing per site; once the embeddings, hidden layers, and (width + 1) r (out + in) per
 shape. Frozen: A_0, drawn again from the seed. Merge: W + Delta W. An export to LoRA is exact, and
-needs the network no more.
+needs the network no more. Forwards between two backwards share one graph of the network: add their
+losses up, or retain the graph.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -35,13 +36,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from visionlora.config import LowRankConfig
-from visionlora.dynamics.base import StepContext
 from visionlora.errors import ConfigError
 from visionlora.methods.base import Delta, Shared, uniform
 from visionlora.methods.cache import GraphCache
 from visionlora.methods.hypernet import MLP, Affine, Encoder
 from visionlora.methods.routing import full_precision
-from visionlora.ranks.controller import Controller
+from visionlora.ranks.blend import BlendSchedule
 from visionlora.registry import register
 from visionlora.sites import Site, named_generator
 
@@ -222,39 +222,6 @@ class HypeLoRA(Delta):
     def parameter_count(config: Any, out_features: int, in_features: int) -> int:
         """Return 0: everything that is trained is shared."""
         return 0
-
-
-class BlendSchedule(Controller):
-    """Lowers the share of the initial factors linearly to 0.
-
-    The share is part of every site's configuration, so checkpoints and files have it.
-    """
-
-    def __init__(
-        self, model: nn.Module, adapter: str, method: str, optimizer: Any, steps: int
-    ) -> None:
-        super().__init__(model, adapter, method, optimizer, steps)
-        config = self.places[0].delta.config
-        assert isinstance(config, HypeLoRAConfig)
-        self.start = config.blend_weight
-
-    def on_step_end(self, context: StepContext) -> None:
-        """Set the share of the next step."""
-        config = self.places[0].delta.config
-        assert isinstance(config, HypeLoRAConfig)
-        if config.blend == "add":
-            left = max(0.0, 1 - (context.step + 1) / self.steps)
-            lowered = replace(config, blend_weight=self.start * left)
-            for place in self.places:
-                place.delta.config = lowered
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return where the share started."""
-        return {"start": self.start}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore where the share started."""
-        self.start = state["start"]
 
 
 def _tokens(config: HypeLoRAConfig) -> int:

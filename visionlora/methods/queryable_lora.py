@@ -36,10 +36,11 @@ from torch import Tensor, nn
 from visionlora.config import LowRankConfig
 from visionlora.errors import ConfigError
 from visionlora.methods.base import Layer, Shared, reset_zero_pair, uniform
-from visionlora.methods.depth import Depth, Pass, blocks_of, fit
+from visionlora.methods.depth import Depth, Pass, blocks_of, fit, is_deep
 from visionlora.methods.recompute import in_backward, kept_for_backward
 from visionlora.methods.routing import (
     RoutedDelta,
+    by_sample,
     features_back,
     features_last,
     full_precision,
@@ -107,7 +108,7 @@ class QueryMemory(Shared):
         self.options = config
         self.places = blocks_of(sites, config.block_size)
         rank, width = config.rank, config.width
-        deep = _is_deep(config, sites)
+        deep = is_deep(sites, config.block_size)
 
         def draw(name: str, *shape: int) -> nn.Parameter:
             generator = named_generator(config.seed, f"queryable-lora.{name}")
@@ -189,7 +190,7 @@ class QueryMemory(Shared):
         """Return K r^2 + d K + d r + d |t|, and d^2 + 2 d r more with a past."""
         rank, width = config.rank, config.width
         count = config.atoms * (rank**2 + width) + width * (rank + len(config.instruction))
-        return int(count + _is_deep(config, sites) * (width**2 + 2 * width * rank))
+        return int(count + is_deep(sites, config.block_size) * (width**2 + 2 * width * rank))
 
 
 class QueryableLoRA(RoutedDelta):
@@ -222,11 +223,11 @@ class QueryableLoRA(RoutedDelta):
         hidden = features_last(layer.down(dropped, down), layer, len(down))
         seen = hidden if dropped is x else features_last(layer.down(x, down), layer, len(down))
         with kept_for_backward(), torch.autocast(x.device.type, enabled=False):
-            gates = self.memory.gates(self.name, full_precision(_by_sample(seen, layer)).mean(1))
+            gates = self.memory.gates(self.name, full_precision(by_sample(seen, layer)).mean(1))
             if self.watch is not None:
                 self.watch.add(gates)
             operator = self._operator(gates).to(hidden.dtype)
-        mixed = (_by_sample(hidden, layer) @ operator.mT).reshape(hidden.shape)
+        mixed = (by_sample(hidden, layer) @ operator.mT).reshape(hidden.shape)
         return y + layer.up(features_back(mixed, layer), (self.scale * self.B).to(hidden.dtype))
 
     def _operator(self, gates: Float[Tensor, "samples atoms"]) -> Float[Tensor, "samples r r"]:
@@ -244,17 +245,6 @@ class QueryableLoRA(RoutedDelta):
     def parameter_count(config: Any, out_features: int, in_features: int) -> int:
         """Return r (out + in)."""
         return int(config.rank * (out_features + in_features))
-
-
-def _by_sample(rows: Tensor, layer: Layer) -> Float[Tensor, "samples tokens r"]:
-    """Return `(..., groups, r)` with the first dimension as samples, all others as tokens."""
-    single = rows.dim() == (4 if layer.kind == "conv" else 2)
-    return (rows[None] if single else rows).flatten(1, -2)
-
-
-def _is_deep(config: QueryableLoRAConfig, sites: list[Site]) -> bool:
-    """Whether some tower has a second block, which can look back."""
-    return any(block for _, block in blocks_of(sites, config.block_size).values())
 
 
 register(QueryableLoRAConfig, QueryableLoRA, QueryMemory)

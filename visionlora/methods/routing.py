@@ -57,6 +57,12 @@ def features_back(h: Tensor, layer: Layer) -> Tensor:
     return h.flatten(-2).movedim(-1, layer.channels)
 
 
+def by_sample(rows: Tensor, layer: Layer) -> Float[Tensor, "samples tokens r"]:
+    """Return `(..., groups, r)` with the first dimension as samples and all others as tokens."""
+    single = rows.dim() == (4 if layer.kind == "conv" else 2)
+    return (rows[None] if single else rows).flatten(1, -2)
+
+
 def full_precision(x: Tensor) -> Tensor:
     """Return half-precision features in float32; indices and wider types as they are."""
     return x.to(torch.promote_types(x.dtype, torch.float32)) if x.is_floating_point() else x
