@@ -24,6 +24,7 @@ from visionlora.ops.quantize import (
 )
 from visionlora.ranks.bops import bops
 from visionlora.ranks.controller import controllers_of
+from visionlora.training import RunDirectory, TrainSettings, fit
 
 BETA = torch.tensor([0.8], dtype=torch.float64)
 
@@ -370,6 +371,30 @@ def test_undecided_rank_gates_find_the_planted_rank():
     layer, x, y = train(nn.functional.mse_loss, **options)
     assert layer.adapters["default"]["weight"].effective_rank == 2
     assert float((layer(x) - y).detach().square().mean() / y.var()) < 0.02
+
+
+def test_a_run_resumes_exactly_and_ends_with_decided_gates(tmp_path):
+    def start(folder, batches, resume=False):
+        model = vl.inject(plain(), "bayesian-lora", targets=TARGETS, rank=3, rank_logit=0.0)
+        optimizer = torch.optim.AdamW(vl.parameter_groups(model, 1e-2, 0.0))
+        settings = TrainSettings(steps=8, device="cpu", checkpoint_every=3)
+        run = RunDirectory(folder, resume=resume)
+        fit(model, optimizer, lambda m, x: m(x).square().mean(), batches, settings, run)
+        return model
+
+    def failing(index):
+        if index == 5:
+            raise OSError("power cut")
+        return INDEX
+
+    whole = start(tmp_path / "whole", lambda _: INDEX)
+    with pytest.raises(OSError, match="power cut"):
+        start(tmp_path / "killed", failing)
+    resumed = start(tmp_path / "killed", lambda _: INDEX, resume=True)
+    for one, other in zip(whole.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(one, other)
+    assert torch.equal(whole.train()(INDEX), whole.train()(INDEX))
+    assert all(delta.gates_A.abs().min() == 20.0 for delta in deltas(whole))
 
 
 def test_a_negative_weight_is_refused():
