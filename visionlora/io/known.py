@@ -14,6 +14,7 @@ from visionlora.errors import AdapterFileError
 from visionlora.hosts import Host, describe
 from visionlora.hosts.base import parameter_name, stored, view_of
 from visionlora.methods.base import Delta, Shared
+from visionlora.record import SharedStates
 from visionlora.sites import Kind, Site
 from visionlora.targets import ATTENTION_SLICES
 
@@ -35,6 +36,9 @@ class KnownLayers(Protocol):
 
     def complete(self, module: str) -> dict[str, Tensor]:
         """Return all tensors of a layer, by name relative to it."""
+
+    def ending(self, text: str) -> list[str]:
+        """Return the modules whose names end with a text."""
 
 
 class NoLayers:
@@ -59,6 +63,10 @@ class NoLayers:
     def complete(self, module: str) -> dict[str, Tensor]:
         """Return nothing."""
         return {}
+
+    def ending(self, text: str) -> list[str]:
+        """Return nothing."""
+        return []
 
 
 class BaseFile:
@@ -115,6 +123,11 @@ class BaseFile:
         prefix = f"{module}."
         return {k.removeprefix(prefix): v for k, v in self.tensors.items() if k.startswith(prefix)}
 
+    def ending(self, text: str) -> list[str]:
+        """Return the owners of tensors."""
+        owners = dict.fromkeys(name.rpartition(".")[0] for name in self.tensors)
+        return [name for name in owners if name.endswith(text)]
+
 
 class ModelLayers:
     """A model, adapted or not."""
@@ -124,7 +137,7 @@ class ModelLayers:
         self.modules = {
             name: module
             for name, module in model.named_modules()
-            if not isinstance(module, Delta | Shared)
+            if not isinstance(module, Delta | Shared | SharedStates) and ".adapters" not in name
         }
 
     def layers(self) -> dict[str, Kind] | None:
@@ -169,6 +182,10 @@ class ModelLayers:
         """Return the state dict of a module."""
         found = self.modules.get(module)
         return {} if found is None else dict(found.state_dict())
+
+    def ending(self, text: str) -> list[str]:
+        """Return the modules, adapters left out."""
+        return [name for name in self.modules if name.endswith(text)]
 
 
 def read_base(path: str | Path) -> BaseFile:

@@ -13,6 +13,7 @@ statistics of adapted or unsaved layers are no part of the format: a warning say
 
 import json
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -219,6 +220,11 @@ def _heads(
         raise AdapterStateError(
             f"PEFT saves whole modules, but {next(iter(saved['']))} belongs to the root"
         )
+    for owner in list(trained):
+        for other in parts.known.ending(owner):  # PEFT saves these too, so it expects them
+            saved.setdefault(other, {})
+            trained += [other] if other not in trained else []
+    _refuse_overlap(trained, written)
     for owner, items in saved.items():
         if owner in trained:
             whole = {**parts.known.complete(owner), **items}
@@ -233,6 +239,17 @@ def _heads(
         )
     config["modules_to_save"] = trained or None
     return tensors
+
+
+def _refuse_overlap(trained: list[str], written: Written) -> None:
+    """Refuse an adapted layer that PEFT would take for a trained head, or inside of one."""
+    for owner in trained:
+        for layer in written.layers:
+            if re.match(rf"(^|.*\.){re.escape(owner)}($|\..*)", layer):
+                raise AdapterStateError(
+                    f"{layer} is adapted and {owner} is trained: PEFT, which knows heads by the "
+                    "end of their names, has no place for both"
+                )
 
 
 def _write_bytes(path: Path, data: bytes) -> None:
