@@ -8,7 +8,7 @@ from tests.contract.cases import KINDS, definition, randomise
 from tests.ranks.planted import Problem, ranks
 from tests.tolerances import assert_close
 from visionlora.dynamics import Dynamics, Stepper
-from visionlora.errors import ConfigError, VisionLoraError
+from visionlora.errors import ConfigError
 from visionlora.methods.increlora import IncreLoRAConfig
 from visionlora.ranks import controllers_of
 from visionlora.ranks.optimizer import set_rates
@@ -16,6 +16,7 @@ from visionlora.ranks.structure import places_of
 from visionlora.ranks.watch import Watched
 
 STEPS = 40
+SERVED = [kind for kind in KINDS if not kind.norm]
 
 
 def setup(problem, steps=STEPS, **options):
@@ -119,13 +120,10 @@ def test_an_unfinished_adapter_counts_and_exports_no_reserve(problem):
     assert sum(p.numel() for _, p in vl.trainable_parameters(model)) == 4 * 16
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+@pytest.mark.parametrize("kind", SERVED, ids=lambda kind: kind.name)
 @pytest.mark.parametrize("mode", ["auto", "dense"])
 def test_the_sensitivity_is_that_of_the_dense_gradient(kind, mode):
-    try:
-        model = vl.inject(kind.model(), "increlora", kind.target, rank=2, mode=mode)
-    except VisionLoraError:
-        pytest.skip("a layer that has no such mode or no such rank")
+    model = vl.inject(kind.model(), "increlora", kind.target, rank=2, mode=mode)
     randomise(model)
     places = places_of(model)
     batches = [kind.inputs(seed) for seed in (0, 1)]
