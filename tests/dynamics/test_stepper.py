@@ -310,3 +310,78 @@ def test_state_round_trip_keeps_counters_and_dynamics(model, data):
     assert (fresh.steps, fresh.skipped, fresh.dynamics[0].count) == (2, 1, 2)
     with pytest.raises(ConfigError, match="counting"):
         Stepper(model, sgd(model)).load_state_dict(stepper.state_dict())
+
+
+class Decay(Dynamics):
+    """A square penalty, which notes the micro-batches that it is asked for."""
+
+    name = "decay"
+
+    def __init__(self, parameters):
+        self.parameters = parameters
+        self.asked = []
+
+    def penalty(self, context):
+        self.asked.append(context.micro_batch)
+        return 0.3 * sum(p.square().sum() for p in self.parameters)
+
+
+def test_a_penalty_is_added_to_every_micro_batch_and_divided_as_the_loss_is(model, data):
+    twin = copy.deepcopy(model)
+    decay = Decay(list(model.parameters()))
+    stepper = Stepper(model, sgd(model), dynamics=[decay])
+    report = stepper.step([data[:8], data[8:]], mean_square(model))
+    optimizer = sgd(twin)
+    loss = mean_square(twin)(data) + 0.3 * sum(p.square().sum() for p in twin.parameters())
+    loss.backward()
+    optimizer.step()
+    assert decay.asked == [0, 1]
+    assert report.loss == pytest.approx(loss.item(), rel=1e-12)
+    for one, other in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+def test_a_second_pass_has_the_penalty_too(model, data):
+    decay = Decay(list(model.parameters()))
+    Stepper(model, sgd(model), dynamics=[Sharpness(0.1), decay]).step([data], mean_square(model))
+    assert decay.asked == [0, 0]
+
+
+def test_a_penalty_does_not_hide_that_the_loss_misses_a_parameter(model, data):
+    lost = nn.Parameter(torch.ones(3, dtype=torch.float64))
+    model.register_parameter("lost", lost)
+
+    class Silent(Dynamics):
+        name = "silent"
+
+        def on_grads_ready(self, context):
+            lost.grad = torch.zeros_like(lost)
+
+    with pytest.raises(NeverTrainedError, match="lost"):
+        Stepper(model, sgd(model), dynamics=[Silent()]).step([data], mean_square(model))
+
+
+def test_those_who_control_parameters_come_before_those_who_edit_them(model, data):
+    class Control(Recorder):
+        name = "control"
+        controls = True
+
+    first, second = Recorder(), Control()
+    stepper = Stepper(model, sgd(model), dynamics=[first, second])
+    assert stepper.dynamics == (second, first)
+
+
+def test_after_a_change_of_parameters_the_new_ones_must_be_reached(model, data):
+    class Adds(Dynamics):
+        name = "adds"
+
+        def on_step_end(self, context):
+            if context.step == 0:
+                context.model.register_parameter("late", nn.Parameter(torch.ones(2).double()))
+                context.optimizer.add_param_group({"params": [context.model.late]})
+                context.changed = True
+
+    stepper = Stepper(model, sgd(model), dynamics=[Adds()])
+    assert stepper.step([data], mean_square(model)).changed
+    with pytest.raises(NeverTrainedError, match="late"):
+        stepper.step([data], mean_square(model))
