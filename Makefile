@@ -9,7 +9,7 @@ demo: $(VENV)/.fewshot
 	$(RUN) scripts/fewshot.py --output runs/demo --overwrite
 
 test: $(VENV)/.dev
-	$(RUN) -m pytest
+	$(RUN) -m pytest -n auto
 
 test-slow: $(VENV)/.dev
 	$(RUN) -m pytest -m slow

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import io
 import json
+import math
 import statistics
 import sys
 import tempfile
@@ -76,6 +77,7 @@ def choose(names: list[str], options: argparse.Namespace) -> None:
     lr = PRESETS["tiny"].lr
     base = FewshotConfig(seed=[1], steps=options.steps, checkpoint_every=0, test_on="val", lr=lr)
     experiment = prepare(base)
+    stored: dict[str, float] = json.loads(RATES.read_text(encoding="utf-8"))
 
     def measure(name: str) -> dict[str, Any]:
         found: dict[int, float] = {}
@@ -89,7 +91,7 @@ def choose(names: list[str], options: argparse.Namespace) -> None:
                     found[step] = 0.0
             return found[step]
 
-        best = 0
+        best = round(math.log(stored.get(name, 1.0), FACTOR))  # a rate found before is a start
         while len(found) < MOST_TRIALS:
             around = max((best - 1, best, best + 1), key=accuracy)
             if around == best:
@@ -101,7 +103,9 @@ def choose(names: list[str], options: argparse.Namespace) -> None:
     path = options.json or RESULTS / "rates.jsonl"
     each(names, path, measure)
     rates = {item["method"]: item["rate"] for item in read(path)}
-    write_text_atomically(RATES, json.dumps(dict(sorted(rates.items())), indent=2) + "\n")
+    write_text_atomically(
+        RATES, json.dumps(dict(sorted({**stored, **rates}.items())), indent=2) + "\n"
+    )
 
 
 def train(experiment: Experiment, name: str, lr: float | None, seed: int) -> dict[str, Any]:
@@ -146,7 +150,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--choose", action="store_true", help="choose learning rates instead")
     parser.add_argument("--methods", nargs="+", metavar="NAME", help="default: all registered")
     parser.add_argument("--seed", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--steps", type=int, default=160, help="optimiser steps of a run (160)")
+    parser.add_argument("--steps", type=int, default=100, help="optimiser steps of a run (100)")
     parser.add_argument("--json", type=Path, help="where the lines go")
     options = parser.parse_args(argv)
     if options.steps < 1:

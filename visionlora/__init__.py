@@ -15,6 +15,7 @@ from visionlora.api import (
 )
 from visionlora.config import AdapterConfig
 from visionlora.errors import VisionLoraError
+from visionlora.freeze import freeze_routing
 from visionlora.groups import parameter_groups
 from visionlora.io.convert import convert
 from visionlora.io.export import ExportReport, export
@@ -48,6 +49,7 @@ __all__ = [
     "export",
     "finalize",
     "freeze_base",
+    "freeze_routing",
     "get_method",
     "inject",
     "inspect",

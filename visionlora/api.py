@@ -250,7 +250,7 @@ def _refuse_routed(hosts: dict[str, Host]) -> None:
             if not slot.delta.mergeable:
                 raise AdapterStateError(
                     f"{slot.delta.config.method} at {path or 'the layer'} routes by input, so it "
-                    "cannot be merged; see its documentation for an averaged export"
+                    "cannot be merged; freeze_routing makes plain LoRA of it"
                 )
 
 

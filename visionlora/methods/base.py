@@ -205,7 +205,8 @@ class Delta(nn.Module):
 
 def uniform(shape: tuple[int, ...], bound: float, generator: torch.Generator) -> Tensor:
     """Return float32 values uniform in `[-bound, bound)` from a CPU generator."""
-    return torch.empty(shape).uniform_(-bound, bound, generator=generator)
+    values = torch.empty(shape, dtype=torch.float32, device="cpu")  # whatever the defaults are
+    return values.uniform_(-bound, bound, generator=generator)
 
 
 @torch.no_grad()
