@@ -14,6 +14,7 @@ from visionlora.ranks import controllers_of
 from visionlora.ranks.structure import places_of
 from visionlora.record import SHARED
 from visionlora.sites import Site
+from visionlora.training import RunDirectory, TrainSettings, fit
 
 STEPS = 40
 
@@ -149,6 +150,28 @@ def test_the_planted_layers_are_chosen_and_phi_is_not_saved(problem, sharing, tm
     fresh = vl.load(Problem(changes=problem.changes).base, path)
     assert torch.equal(fresh(problem.inputs), model(problem.inputs))
     assert vl.summary(fresh).trainable == vl.summary(model).trainable
+
+
+@pytest.mark.parametrize("apart", [True, False])
+def test_the_steps_of_phi_get_the_held_out_data(problem, apart, tmp_path):
+    model = problem.model("diffora", rank=2, search=0.5, warmup=0.1)
+    seen = {"train": [], "apart": []}
+
+    def source(name):
+        return lambda index: seen[name].append(index) or problem.batches(index)
+
+    fit(
+        model,
+        torch.optim.AdamW([p for _, p in vl.trainable_parameters(model)], lr=0.05),
+        problem.loss,
+        source("train"),
+        TrainSettings(steps=STEPS, device="cpu"),
+        RunDirectory(tmp_path),
+        held_out=source("apart") if apart else None,
+    )
+    expected = [5, 7, 9, 11, 13, 15, 17, 19] if apart else []
+    assert seen["apart"] == expected
+    assert seen["train"] == [step for step in range(STEPS) if step not in expected]
 
 
 @pytest.mark.parametrize(

@@ -2,12 +2,13 @@
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 import visionlora as vl
 from tests.contract.cases import KINDS, definition, randomise
 from tests.ranks.planted import Problem, ranks
 from tests.tolerances import assert_close
-from visionlora.dynamics import Dynamics, Stepper
+from visionlora.dynamics import Dynamics, PlainBackend, Stepper
 from visionlora.errors import ConfigError
 from visionlora.methods.increlora import IncreLoRAConfig
 from visionlora.ranks import controllers_of
@@ -175,6 +176,47 @@ def test_watching_changes_no_output_and_a_second_pass_replaces_the_first(problem
         both.append(controller.importance.state_dict())
     for name, found in both[0].items():
         assert_close(found["change"][0], both[1][name]["change"][0])
+
+
+class Scaled(PlainBackend):
+    """Scales the loss as half precision does."""
+
+    def loss_scale(self):
+        return 64.0
+
+    def backward(self, loss):
+        (64.0 * loss).backward()
+
+    def unscale(self, optimizer):
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.grad.div_(64.0)
+
+
+def test_importance_knows_nothing_of_micro_batches_loss_scale_and_checkpointing(problem):
+    def measured(backend=None, parts=1, recompute=False):
+        model, optimizer, controller, _ = setup(problem, watch=100)
+        stepper = Stepper(model, optimizer, dynamics=[controller], backend=backend)
+
+        def loss(batch):
+            inputs, targets = batch
+            output = checkpoint(model, inputs, use_reentrant=False) if recompute else model(inputs)
+            return (output - targets).square().mean()
+
+        with torch.no_grad():
+            for place in places_of(model):
+                place.delta.E[0].fill_(0.5)
+        pieces = [x.chunk(parts) for x in (problem.inputs, problem.targets)]
+        stepper.step(list(zip(*pieces, strict=True)), loss)
+        return {
+            name: found["change"][0] for name, found in controller.importance.state_dict().items()
+        }
+
+    expected = measured()
+    assert all(value > 0 for value in expected.values())
+    for found in (measured(Scaled()), measured(parts=4), measured(recompute=True)):
+        for name, value in expected.items():
+            assert_close(found[name] / value, torch.ones((), dtype=torch.float64))
 
 
 @pytest.mark.parametrize(
