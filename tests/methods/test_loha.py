@@ -6,7 +6,7 @@ from torch import nn
 
 from tests.methods.single_layer import adapt, change, delta_of, rank
 from tests.tolerances import assert_close
-from visionlora.hosts.linear import dense_is_cheaper
+from visionlora.hosts.changes import dense_is_cheaper
 
 
 @pytest.mark.parametrize(("r", "expected"), [(1, 1), (2, 4), (3, 9), (4, 12)])

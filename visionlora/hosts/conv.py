@@ -16,12 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from visionlora.hosts.base import Host, Slot, rows_of
-from visionlora.hosts.linear import (
-    dense_is_cheaper,
-    output_change,
-    with_bias_changes,
-    with_changes,
-)
+from visionlora.hosts.changes import dense_is_cheaper, with_bias_changes, with_changes
+from visionlora.hosts.linear import output_change
 from visionlora.sites import Kind
 
 

@@ -13,7 +13,7 @@ from typing import cast
 from torch import Tensor, nn
 
 from visionlora.hosts.base import Host, stored
-from visionlora.hosts.linear import padded, with_bias_changes
+from visionlora.hosts.changes import padded, with_bias_changes
 
 
 class DenseHost(Host):
