@@ -68,6 +68,22 @@ def test_peft_reads_the_export_as_the_same_function(method, options, tmp_path):
     assert not torch.allclose(before, there(index), atol=1e-3)
 
 
+@pytest.mark.parity
+@pytest.mark.parametrize("targets", ["qkv[q,v]", "qkv[0:5]", ["qkv[k]", "conv[2:6]"]])
+def test_norms_of_slices_are_norms_of_the_layer(targets, tmp_path):
+    """DoRA scales rows one by one, so the other rows keep the norms of the base weight."""
+    peft = pytest.importorskip("peft")
+    model, base = adapted("dora", targets, rank=2)
+    report = vl.export(model, tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["use_dora"]
+    assert config["r"] == (4 if targets == "qkv[q,v]" else 2)
+    assert not report.ranks
+    there = peft.PeftModel.from_pretrained(base, tmp_path).eval()
+    index = torch.randint(11, (2, 5))
+    assert_close(there(index), model(index))
+
+
 def test_slices_become_one_pair_of_their_joint_rank(tmp_path):
     model, _ = adapted("lora", TARGETS, rank=3)
     vl.export(model, tmp_path)

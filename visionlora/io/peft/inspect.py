@@ -11,6 +11,7 @@ from visionlora.io.peft.mapping import find_mapping
 from visionlora.io.peft.read import sort_tensors
 
 _SHOWN = 6
+_LONGEST = 60
 _UNTOLD = (
     "peft_type",
     "base_model_name_or_path",
@@ -46,7 +47,7 @@ class PeftInfo:
             f"{self.path}: PEFT {self.kind}, {self.file_bytes:,} bytes, "
             f"{self.parameters:,} adapter scalars",
             f"read here as {' or '.join(self.methods)}" if self.methods else "cannot be read here",
-            " ".join(f"{key}={value}" for key, value in self.options.items()),
+            " ".join(f"{key}={_short(value)}" for key, value in self.options.items()),
         ]
         if self.layers:
             lines.append(f"{len(self.layers)} layers: {_some(self.layers)}")
@@ -88,6 +89,11 @@ def inspect_peft(path: str | Path) -> PeftInfo:
         file.config.get("base_model_name_or_path") or None,
         (file.path / TENSORS).stat().st_size,
     )
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3]}..."
 
 
 def _some(names: tuple[str, ...]) -> str:

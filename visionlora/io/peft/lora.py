@@ -20,24 +20,28 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from visionlora.config import AdapterConfig
-from visionlora.errors import AdapterFileError
 from visionlora.io.parts import AdapterParts, Entry
-from visionlora.io.peft.config import by_pattern, exact_pattern
+from visionlora.io.peft.config import by_pattern
 from visionlora.io.peft.mapping import (
     Mapping,
     Source,
     Translation,
     Written,
     register,
-    whole_layers,
 )
-from visionlora.io.plain import fitting
+from visionlora.io.peft.pairs import (
+    ATTENTION_OUTPUT,
+    kernel_entries,
+    lora_config,
+    lora_tensors,
+    pair_tensors,
+)
+from visionlora.io.peft.stack import stacked
+from visionlora.io.plain import Pair, fitting
 from visionlora.methods.dora import DoRA
 from visionlora.registry import build_config
-from visionlora.sites import WHOLE, Kind
+from visionlora.sites import WHOLE
 
-ATTENTION_OUTPUT = 2.0
-"""How often PEFT adds the change of the output of MultiheadAttention."""
 _HARMLESS_INITS = (True, "gaussian", "orthogonal", "eva")
 
 
@@ -102,85 +106,56 @@ class LoRAMapping(Mapping):
         return result
 
     def write(self, parts: AdapterParts) -> Written | None:
-        """Return DoRA's pairs and norms; no part of a layer has norms of its own in PEFT."""
-        if not whole_layers(parts, "linear", "conv", "embedding"):
-            return None
-        layers, ranks, alphas = {}, {}, {}
+        """Return DoRA: a joint pair and the norms of all rows, per layer."""
+        groups: dict[str, list[Entry]] = {}
         for entry in parts.entries:
-            delta = entry.delta
-            assert isinstance(delta, DoRA)
-            magnitude: Tensor = delta.magnitude
-            if entry.site.kind == "conv":
+            groups.setdefault(entry.site.module, []).append(entry)
+        layers, ranks, alphas = {}, {}, {}
+        for name, entries in groups.items():
+            joint = _joint_dora(parts, name, entries)
+            if joint is None:
+                return None
+            down, up, magnitude, scale = joint
+            if entries[0].site.kind == "conv":
                 magnitude = magnitude[None, :, None, None]
-            name = entry.site.module
-            layers[name] = lora_tensors(parts, entry, "lora", delta.A, delta.B) | {
-                "lora_magnitude_vector": magnitude
-            }
-            ranks[name] = delta.A.shape[0]
-            alphas[name] = entry.delta.scale * ranks[name]
+            layers[name] = lora_tensors(parts, entries[0], "lora", down, up)
+            layers[name]["lora_magnitude_vector"] = magnitude
+            ranks[name], alphas[name] = down.shape[0], scale * down.shape[0]
         return Written(lora_config(ranks, alphas) | {"use_dora": True}, layers)
 
 
-def pair_tensors(tensors: Table[str, Tensor], prefix: str) -> tuple[Kind, Tensor, Tensor]:
-    """Return the kind of layer that a pair of tensors speaks of, and the pair as matrices."""
-    if f"{prefix}_embedding_A" in tensors:
-        return "embedding", tensors[f"{prefix}_embedding_A"], tensors[f"{prefix}_embedding_B"]
-    down, up = tensors[f"{prefix}_A"], tensors[f"{prefix}_B"]
-    if down.dim() not in (2, 4) or up.shape[1] != down.shape[0]:
-        raise AdapterFileError(
-            f"{prefix}_A of shape {tuple(down.shape)} and {prefix}_B of shape {tuple(up.shape)} "
-            "are no pair for a Linear or Conv2d layer"
-        )
-    return ("conv" if down.dim() == 4 else "linear"), down.flatten(1), up.flatten(1)
+def _joint_dora(
+    parts: AdapterParts, layer: str, entries: list[Entry]
+) -> tuple[Tensor, Tensor, Tensor, float] | None:
+    """Return A, B, norms and scale of a layer, or None where PEFT has no DoRA for it.
 
-
-def kernel_entries(down: Tensor) -> int:
-    """Return the entries of a kernel: those behind rank and channels."""
-    return down[0, 0].numel()
-
-
-def lora_tensors(
-    parts: AdapterParts, entry: Entry, prefix: str, down: Tensor, up: Tensor
-) -> dict[str, Tensor]:
-    """Return a pair of matrices in the shapes and under the names of a layer's kind."""
-    if entry.site.kind == "embedding":
-        return {f"{prefix}_embedding_A": down, f"{prefix}_embedding_B": up}
-    if entry.site.kind == "conv":
-        down = down.reshape(-1, *kernel_shape(parts, entry))
-        up = up[:, :, None, None]
-    return {f"{prefix}_A": down, f"{prefix}_B": up}
-
-
-def kernel_shape(parts: AdapterParts, entry: Entry) -> tuple[int, ...]:
-    """Return channels, height and width of a convolution's kernel.
-
-    Raises:
-        AdapterFileError: the base weights are not known, and a file holds only their product.
+    Rows are scaled one by one, so rows outside all slices keep the norm of the base weight.
     """
-    weight = parts.known.tensor(f"{entry.site.module}.weight")
-    if weight is None:
-        raise AdapterFileError(
-            f"the kernel size of {entry.site.module} is not in the file: give the state dict of "
-            "the base model (--base FILE.safetensors)"
-        )
-    return tuple(weight.shape[1:])
+    sites, deltas = [entry.site for entry in entries], [entry.delta for entry in entries]
+    if any(e.strength != 1.0 or e.padding is not None or e.site.groups != 1 for e in entries):
+        return None
+    if sites[0].key == WHOLE:
+        (delta,) = deltas
+        assert isinstance(delta, DoRA)
+        return delta.A, delta.B, delta.magnitude, delta.scale
+    weight = parts.known.tensor(f"{layer}.weight")
+    rows = [site.rows for site in sites]
+    taken = [row for start, stop in filter(None, rows) for row in range(start, stop)]
+    if weight is None or None in rows or len(set(taken)) != len(taken):
+        return None
+    up, down = stacked(parts, layer, [_factors(entry) for entry in entries])
+    norms = weight.flatten(1).to(up.dtype).norm(dim=1)
+    for delta, (start, stop) in zip(deltas, filter(None, rows), strict=True):
+        assert isinstance(delta, DoRA)
+        norms[start:stop] = delta.magnitude.detach()
+    return down, up, norms, 1.0
 
 
-def lora_config(ranks: dict[str, int], alphas: dict[str, float]) -> dict[str, Any]:
-    """Return the configuration of a LoRA with a rank and an alpha per layer."""
-    rank, alpha = max(ranks.values()), max(alphas.values(), key=list(alphas.values()).count)
-    return {
-        "peft_type": "LORA",
-        "r": rank,
-        "lora_alpha": alpha,
-        "rank_pattern": {exact_pattern(k): v for k, v in ranks.items() if v != rank},
-        "alpha_pattern": {exact_pattern(k): v for k, v in alphas.items() if v != alpha},
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "use_rslora": False,
-        "use_dora": False,
-        "init_lora_weights": True,
-    }
+def _factors(entry: Entry) -> Pair:
+    """Return the factor pair of DoRA, without its norms."""
+    delta = entry.delta
+    assert isinstance(delta, DoRA)
+    return Pair(entry.site, delta.B.detach(), delta.A.detach(), delta.scale, 0.0, 0.0)
 
 
 def _config(

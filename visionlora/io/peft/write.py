@@ -21,14 +21,15 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from visionlora.errors import AdapterFileError, AdapterStateError
+from visionlora.errors import AdapterStateError
 from visionlora.io import contents
 from visionlora.io.atomic import write_atomically, write_text_atomically
 from visionlora.io.parts import AdapterParts
 from visionlora.io.peft.config import CONFIG, PREFIX, TENSORS, exact_targets
-from visionlora.io.peft.lora import ATTENTION_OUTPUT, lora_config, lora_tensors
 from visionlora.io.peft.mapping import Written, mapping_of
-from visionlora.io.plain import Pair, PlainAdapter, fitting, flatten, scaled
+from visionlora.io.peft.pairs import ATTENTION_OUTPUT, lora_config, lora_tensors
+from visionlora.io.peft.stack import stacked
+from visionlora.io.plain import Pair, PlainAdapter, flatten, scaled
 
 logger = logging.getLogger("visionlora")
 
@@ -118,7 +119,7 @@ def _as_lora(parts: AdapterParts, plain: PlainAdapter) -> Written:
         if len(pairs) == 1 and site.rows is None:
             up, down = pairs[0].up, pairs[0].down
         else:
-            up, down = _stacked(parts, layer, pairs)
+            up, down = stacked(parts, layer, pairs)
             scale = 1.0
         ranks[layer] = down.shape[0]
         alphas[layer] = scale * ranks[layer]
@@ -131,36 +132,6 @@ def _is_attention(parts: AdapterParts, layer: str, pairs: list[Pair]) -> bool:
         parts.known.tensor(f"{layer}.in_proj_weight") is not None
         or parts.known.tensor(f"{layer}.q_proj_weight") is not None
         or any(pair.site.key == "out" for pair in pairs)
-    )
-
-
-def _stacked(parts: AdapterParts, layer: str, pairs: list[Pair]) -> tuple[Tensor, Tensor]:
-    """Return the joint pair of several row slices of a layer."""
-    total = _total_rows(parts, layer, pairs)
-    ups = []
-    for pair in pairs:
-        up = scaled(pair).up
-        whole = up.new_zeros(total, up.shape[1])
-        start, stop = pair.site.rows or (0, up.shape[0])
-        whole[start:stop] = up
-        ups.append(whole)
-    return fitting(torch.cat(ups, dim=1), torch.cat([pair.down for pair in pairs]))
-
-
-def _total_rows(parts: AdapterParts, layer: str, pairs: list[Pair]) -> int:
-    for name in ("weight", "in_proj_weight"):
-        weight = parts.known.tensor(f"{layer}.{name}")
-        if weight is not None:
-            return weight.shape[0]
-    if any(pair.site.rows is None for pair in pairs):
-        return pairs[0].site.out_features
-    named = {pair.site.key for pair in pairs} <= {"q", "k", "v"}
-    leaf = layer.rpartition(".")[2]
-    if named:
-        return pairs[0].site.out_features * (2 if leaf == "kv" else 3)
-    raise AdapterFileError(
-        f"the number of rows of {layer} is not in the file: give the state dict of the base model "
-        "(--base FILE.safetensors)"
     )
 
 
@@ -178,7 +149,7 @@ def _attention_pairs(
     empty = (like.new_zeros(width, 0), like.new_zeros(0, width))
     inner = [pair for pair in pairs if pair.site.key != "out"]
     outer = [scaled(pair) for pair in pairs if pair.site.key == "out"]
-    joint = _stacked(parts, layer, inner) if inner else (like.new_zeros(3 * width, 0), empty[1])
+    joint = stacked(parts, layer, inner) if inner else (like.new_zeros(3 * width, 0), empty[1])
     output = (outer[0].up / ATTENTION_OUTPUT, outer[0].down) if outer else empty
     rank = max(joint[1].shape[0], output[1].shape[0])
     return _padded(*joint, rank), _padded(*output, rank)
