@@ -332,13 +332,20 @@ def test_a_penalty_is_added_to_every_micro_batch_and_divided_as_the_loss_is(mode
     stepper = Stepper(model, sgd(model), dynamics=[decay])
     report = stepper.step([data[:8], data[8:]], mean_square(model))
     optimizer = sgd(twin)
-    loss = mean_square(twin)(data) + 0.3 * sum(p.square().sum() for p in twin.parameters())
-    loss.backward()
+    loss = mean_square(twin)(data)
+    (loss + 0.3 * sum(p.square().sum() for p in twin.parameters())).backward()
     optimizer.step()
     assert decay.asked == [0, 1]
-    assert report.loss == pytest.approx(loss.item(), rel=1e-12)
+    assert report.loss == pytest.approx(loss.item(), rel=1e-12)  # comparable between methods
     for one, other in zip(model.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+def test_a_penalty_that_is_not_finite_skips_the_step(model, data):
+    decay = Decay([p * math.inf for p in model.parameters()])
+    before = state(model)
+    assert Stepper(model, sgd(model), dynamics=[decay]).step([data], mean_square(model)).skipped
+    assert same(state(model), before)
 
 
 def test_a_second_pass_has_the_penalty_too(model, data):

@@ -43,7 +43,7 @@ class StepContext:
     replay: Callable[[], None]
     """Body of `backward_again`, supplied by the Stepper."""
     loss: float | None = None
-    """Mean loss over micro-batches and processes, known after the backward."""
+    """Mean loss over micro-batches and processes, without penalties; known after the backward."""
     grad_norm: float | None = None
     """Global gradient norm before clipping, known after the backward."""
     skipped: bool = False

@@ -128,7 +128,11 @@ class Stepper:
     def _accumulate(
         self, context: StepContext, micro_batches: Sequence[Any], loss_fn: LossFn
     ) -> float:
-        """Run forward and backward over all micro-batches and return the mean loss."""
+        """Run forward and backward over all micro-batches and return the mean loss.
+
+        Penalties are not part of what is returned, so that methods with and without can be
+        compared; one that is not finite makes the gradient so.
+        """
         count = len(micro_batches)
         total: torch.Tensor | None = None
         for index, batch in enumerate(micro_batches):
@@ -137,12 +141,12 @@ class Stepper:
                 with self.backend.autocast():
                     loss = loss_fn(batch)
                 _check_loss(loss)
+                part = _widened(loss.detach()) / count
                 context.micro_batch = index
                 for dynamics in self.dynamics:
                     penalty = dynamics.penalty(context)
                     loss = loss if penalty is None else loss + penalty
                 self.backend.backward(loss / count)
-            part = _widened(loss.detach()) / count
             total = part if total is None else total + part
         assert total is not None
         # One reading per step: it decides, on every process alike, whether the step is applied.
