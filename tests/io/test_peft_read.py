@@ -9,7 +9,7 @@ from torch import nn
 
 import visionlora as vl
 from tests.tolerances import assert_close
-from visionlora.errors import AdapterFileError, VisionLoraError
+from visionlora.errors import AdapterFileError, AdapterStateError, VisionLoraError
 from visionlora.io.peft.config import targeted
 from visionlora.record import hosts_of
 
@@ -162,8 +162,24 @@ def test_a_native_copy_needs_no_peft(case, tmp_path):
     """Loading, saving and loading again is the same function."""
     saved(case, tmp_path / "theirs", torch.float32)
     ours = vl.load(Net(), tmp_path / "theirs").eval()
-    vl.save(ours, tmp_path / "native.safetensors", frozen=True)
+    vl.save(ours, tmp_path / "native.safetensors")
     assert_close(vl.load(Net(), tmp_path / "native.safetensors").eval()(INDEX), ours(INDEX))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_it_becomes_plain_lora_with_the_base_weights_or_is_refused(case, tmp_path):
+    theirs = saved(case, tmp_path / "theirs", torch.float64)
+    base = tmp_path / "base.safetensors"
+    save_file(Net().double().state_dict(), base)
+    try:
+        report = vl.convert(tmp_path / "theirs", tmp_path / "plain", to="lora", base=base)
+    except AdapterFileError as error:
+        assert "load the adapter into its model" in str(error)  # noqa: PT017
+        assert case in ("tinylora", "tinylora, tied", "unilora")
+    except AdapterStateError:
+        assert case == "ln tuning"
+    else:
+        assert_close(vl.load(Net().double(), report).eval()(INDEX), theirs(INDEX), factor=1e4)
 
 
 def test_heads_and_biases_come_along(tmp_path):

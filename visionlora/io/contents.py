@@ -21,6 +21,9 @@ from visionlora.methods.base import Delta, Shared
 from visionlora.record import hosts_of
 from visionlora.sites import Site
 
+_CARRIED = "frozen_from_file"
+"""Attribute of a module whose seeded tensors were read from a file."""
+
 Entries = list[tuple[Site, Delta]]
 
 
@@ -79,6 +82,39 @@ def seeded_tensors(placed: Iterable[tuple[str, Delta]], shared: Shared | None) -
     if shared is not None:
         tensors |= {f"frozen.shared.{name}": tensor for name, tensor in shared.frozen().items()}
     return tensors
+
+
+def mark_carried(
+    tensors: Iterable[str], placed: Iterable[tuple[str, Delta]], shared: Shared | None
+) -> None:
+    """Remember which modules have seeded tensors from a file, which may not be ours to draw."""
+    keys = set(tensors)
+    for module, held in _owners(placed, shared):
+        if keys & set(held):
+            setattr(module, _CARRIED, True)
+
+
+def carried_tensors(
+    placed: Iterable[tuple[str, Delta]], shared: Shared | None
+) -> dict[str, Tensor]:
+    """Return the seeded tensors that came from a file, by file key."""
+    result: dict[str, Tensor] = {}
+    for module, held in _owners(placed, shared):
+        if getattr(module, _CARRIED, False):
+            result |= held
+    return result
+
+
+def _owners(
+    placed: Iterable[tuple[str, Delta]], shared: Shared | None
+) -> list[tuple[nn.Module, dict[str, Tensor]]]:
+    """Return each module that has seeded tensors, with these."""
+    owners: list[tuple[nn.Module, dict[str, Tensor]]] = [
+        (delta, seeded_tensors([(path, delta)], None)) for path, delta in placed
+    ]
+    if shared is not None:
+        owners.append((shared, seeded_tensors([], shared)))
+    return owners
 
 
 def base_tensors(model: nn.Module) -> dict[str, Tensor]:

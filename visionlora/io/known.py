@@ -1,7 +1,7 @@
 """What is known of the base model while a file is read or rewritten.
 
-A model knows everything. A state dict knows shapes and values, but not what a layer is beyond
-that. Without either, a file has to speak for itself.
+A model knows everything. A state dict knows shapes and values, but neither the order of the layers
+nor what a layer is beyond its shapes. Without either, a file has to speak for itself.
 """
 
 from pathlib import Path
@@ -23,7 +23,7 @@ class KnownLayers(Protocol):
     """Layers and weights of a base model, as far as they are known."""
 
     def layers(self) -> dict[str, Kind] | None:
-        """Return the linear layers and embeddings in model order, as far as they can be told."""
+        """Return the linear layers and embeddings in model order, if they are known."""
 
     def site(self, module: str, key: str, kind: Kind) -> Site | None:
         """Return the site of a layer that is expected to be of `kind`."""
@@ -76,12 +76,8 @@ class BaseFile:
         self.tensors = tensors
 
     def layers(self) -> dict[str, Kind] | None:
-        """Return the owners of 2-D weights: an embedding cannot be told from a linear layer."""
-        return {
-            name.removesuffix(".weight"): "linear"
-            for name, item in self.tensors.items()
-            if name.endswith(".weight") and item.dim() == 2
-        }
+        """Return None: safetensors files keep no order, and do not tell embeddings."""
+        return None
 
     def site(self, module: str, key: str, kind: Kind) -> Site | None:
         """Return the site, of `kind` unless the weight is that of a convolution."""

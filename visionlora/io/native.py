@@ -36,6 +36,7 @@ def save(
         path: the file; folders are made, an old file is replaced only when the new one is complete.
         name: which adapter; may be omitted if there is one.
         frozen: store seeded tensors too, instead of drawing them again when the file is loaded.
+            Those that were loaded from a file themselves always are.
 
     Raises:
         AdapterStateError: there is no such adapter.
@@ -45,8 +46,10 @@ def save(
     name = _choose(model, name)
     entries = contents.entries_of(model, name)
     placed = contents.place(model, entries)
-    seeded = contents.seeded_tensors(placed, contents.shared_of(model, name))
-    tensors = adapter_state_dict(model, name) | (seeded if frozen else {})
+    shared = contents.shared_of(model, name)
+    seeded = contents.seeded_tensors(placed, shared)
+    kept = seeded if frozen else contents.carried_tensors(placed, shared)
+    tensors = adapter_state_dict(model, name) | kept
     contents.refuse_non_finite(tensors, "cannot save")
     sites = [
         dataclasses.replace(site, module=path.rpartition(".")[0])
@@ -108,6 +111,7 @@ def load(
     if prepared is not None:
         install(model, prepared)  # first, so that the record holds the buffers of the base model
     _copy(file.tensors, targets)
+    contents.mark_carried(file.tensors, placed, shared)
     for key, target in targets.items():
         if key.startswith("base.") and isinstance(target, nn.Parameter):
             target.requires_grad_(True)  # a trained head stays one, and is saved again

@@ -138,8 +138,8 @@ class UniLoRAMapping(Mapping):
             names = source.ordered(("linear",))
             if names is None:
                 raise AdapterFileError(
-                    "the layers of Uni-LoRA are not in the file: give the base model, or its "
-                    "state dict (--base FILE.safetensors)"
+                    "the layers of Uni-LoRA and their order are in no file: load the adapter into "
+                    "its model and save it from there"
                 )
             for name in names:
                 result.add(source.known_site(name), config, {})

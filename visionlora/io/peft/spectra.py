@@ -101,8 +101,8 @@ class TinyLoRAMapping(Mapping):
         saved = all("tinylora_P" in tensors for tensors in source.layers.values())
         if source.known.layers() is None and (len(v) > 1 or not saved):
             raise AdapterFileError(
-                "the order of the layers, which TinyLoRA depends on, is not in the file: give the "
-                "base model, or its state dict (--base FILE.safetensors)"
+                "the order of the layers, which TinyLoRA depends on, is in no file: load the "
+                "adapter into its model and save it from there"
             )
         ranks = {len(tensors["tinylora_A"]) for tensors in source.layers.values()}
         if len(ranks) != 1:
