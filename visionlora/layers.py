@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from visionlora.build import check_dropout
-from visionlora.errors import TargetError
+from visionlora.errors import ConfigError, TargetError
 from visionlora.hosts import (
     AttentionHost,
     ConvHost,
@@ -43,6 +43,11 @@ def _add_lora(layer: Any, keys: Sequence[str], seed: int | None, options: dict[s
     # given.
     seed = int(torch.randint(2**31, ())) if seed is None else seed
     config = cast(LoRAConfig, build_config("lora", {"seed": seed, **options}))
+    if config.residual:  # a state dict that is loaded later would bring another weight
+        raise ConfigError(
+            f"{type(layer).__name__} cannot have init={config.init!r}, which is computed from the "
+            "weight: call inject on the finished model"
+        )
     prepare(layer, "auto")
     deltas = {}
     for key in keys:

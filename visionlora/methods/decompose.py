@@ -1,6 +1,6 @@
-"""Frozen factors of a weight, the same wherever they are computed: its SVD and its LDU.
+"""Frozen factors of a weight, the same wherever they are computed: its SVD, its QR and its LDU.
 
-Both work in float64 on the CPU, whatever the weight's dtype and device, because files hold none of
+All work in float64 on the CPU, whatever the weight's dtype and device, because files hold none of
 these factors: they are computed again when a file is loaded. Two machines then agree to about 1e-13
 unless the weight leaves a choice open (equal singular values, equal pivots); the fingerprint of the
 factors in the file tells such a case apart.
@@ -39,6 +39,29 @@ def truncated_svd(
     largest = U.gather(0, U.abs().argmax(0, keepdim=True))
     signs = torch.where(largest < 0, -1.0, 1.0)
     return U * signs, S, (V * signs).t()
+
+
+@torch.no_grad()
+def leading_qr(
+    weight: Float[Tensor, "out in"], rank: int, where: str
+) -> tuple[Float[Tensor, "out rank"], Float[Tensor, "rank in"]]:
+    """Return the first `rank` columns of Q and rows of R of `Q R = W`, in float64 on the CPU.
+
+    The diagonal of R is not negative. Only the first columns of W are orthogonalised: the others
+    have no part in these columns of Q.
+
+    Args:
+        weight: the frozen weight.
+        rank: number of columns and rows to keep.
+        where: name of the layer for messages.
+
+    Raises:
+        ConfigError: the weight holds NaN or infinity.
+    """
+    matrix = _exact(weight, where)
+    Q, R = torch.linalg.qr(matrix[:, :rank])
+    Q = Q * torch.where(R.diagonal() < 0, -1.0, 1.0)
+    return Q, (Q.t() @ matrix).triu()
 
 
 @torch.no_grad()

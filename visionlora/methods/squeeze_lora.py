@@ -15,7 +15,7 @@ Merge: W + s B A.
 """
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,9 @@ class SqueezeLoRAConfig(LoRAConfig):
     """Options of In-Squeeze LoRA."""
 
     method: ClassVar[str] = "squeeze-lora"
+
+    init: Literal["zero", "normal"] = "zero"
+    """As for LoRA; an initial pair that is taken off could not be halved with the other."""
 
     start_rank: int | None = None
     """Rank at the beginning of training, at least `rank`; None means 4 * `rank`."""
