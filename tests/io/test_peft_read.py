@@ -182,6 +182,27 @@ def test_it_becomes_plain_lora_with_the_base_weights_or_is_refused(case, tmp_pat
         assert_close(vl.load(Net().double(), report).eval()(INDEX), theirs(INDEX), factor=1e4)
 
 
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_what_peft_takes_off_the_weight_is_taken_off_here(init, tmp_path):
+    """PEFT has these inits in float32 only; the weight that they change stays as it was here."""
+    torch.manual_seed(0)
+    config = peft.LoraConfig(r=2, lora_alpha=3, target_modules=LINEAR, init_lora_weights=init)
+    theirs = peft.get_peft_model(Net(), config).eval()
+    with torch.no_grad():
+        for name, item in theirs.named_parameters():
+            if "lora" in name:
+                item.add_(0.2 * torch.randn_like(item))
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = vl.load(Net(), tmp_path / "theirs").eval()
+    assert_close(ours(INDEX), theirs(INDEX))
+    assert torch.equal(ours.fc.weight, Net().fc.weight)
+    vl.export(ours, tmp_path / "ours")  # plain LoRA of twice the rank
+    there = peft.PeftModel.from_pretrained(Net(), tmp_path / "ours").eval()
+    assert_close(there(INDEX), theirs(INDEX))
+    with pytest.raises(AdapterFileError, match="depends on the base weights"):
+        vl.convert(tmp_path / "theirs", tmp_path / "plain", to="lora")
+
+
 def test_heads_and_biases_come_along(tmp_path):
     theirs = saved("lora", tmp_path, torch.float64, modules_to_save=["head"], bias="lora_only")
     ours = vl.load(Net().double(), tmp_path).eval()
@@ -349,7 +370,7 @@ def change(folder, **values):
         ({"peft_type": "IA3"}, "PEFT's IA3 cannot be read; supported: "),
         ({"peft_type": None}, "names no peft_type"),
         ({"lora_bias": True}, "lora_bias=True is not supported"),
-        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' is not supported"),
+        ({"init_lora_weights": "corda"}, "init_lora_weights='corda' is not supported"),
         ({"lora_alpha": "much"}, "inconsistent"),
     ],
 )

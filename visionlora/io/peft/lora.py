@@ -10,8 +10,8 @@ the pair of the output is read with twice its scale and written with half of it.
 
 A pair of a higher rank than its layer can have is replaced by one with the same product.
 
-`init_lora_weights` of PiSSA, OLoRA and the like change the base weights when PEFT loads the
-adapter: such files are refused.
+`init_lora_weights` of PiSSA and OLoRA take a part of the base weight off when PEFT loads the
+adapter, and so do our options of that name. Others that change the base weights are refused.
 """
 
 from collections.abc import Mapping as Table
@@ -20,6 +20,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from visionlora.config import AdapterConfig
+from visionlora.errors import AdapterFileError
 from visionlora.io.parts import AdapterParts, Entry
 from visionlora.io.peft.config import by_pattern
 from visionlora.io.peft.mapping import (
@@ -42,7 +43,9 @@ from visionlora.methods.dora import DoRA
 from visionlora.registry import build_config
 from visionlora.sites import WHOLE
 
+_RESIDUAL_INITS = ("pissa", "olora")
 _HARMLESS_INITS = (True, "gaussian", "orthogonal", "eva")
+_RESIDUAL_INITS = ("pissa", "olora")
 
 
 @register
@@ -54,7 +57,7 @@ class LoRAMapping(Mapping):
     also = ("lora",)  # written from its factor pairs, as are all methods that PEFT lacks
     marks = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
     neutral: ClassVar[Table[str, tuple[Any, ...]]] = {
-        "init_lora_weights": _HARMLESS_INITS,
+        "init_lora_weights": (*_HARMLESS_INITS, *_RESIDUAL_INITS),
         **dict.fromkeys(
             (
                 "lora_bias",
@@ -77,6 +80,7 @@ class LoRAMapping(Mapping):
         """Return LoRA or DoRA on the layers that have tensors."""
         result = Translation()
         for layer, tensors in source.layers.items():
+            _refuse_residual(source, layer, tensors)
             if f"{layer}.out_proj" in source.layers:
                 _read_attention(result, source, layer, tensors)
                 continue
@@ -93,7 +97,7 @@ class LoRAMapping(Mapping):
                 "out" if inside else WHOLE,
                 kernel_entries(tensors["lora_A"]) if kind == "conv" else 1,
             )
-            rank, (up, down) = down.shape[0], fitting(up, down)
+            rank, (up, down) = _nominal_rank(source, layer, down), fitting(up, down)
             values = {"A": down, "B": up}
             if "lora_magnitude_vector" in tensors:
                 values["magnitude"] = tensors["lora_magnitude_vector"].reshape(-1)
@@ -167,17 +171,45 @@ def _config(
     times: float = 1.0,
 ) -> AdapterConfig:
     alpha = by_pattern(source.option("alpha_pattern"), layer, source.config["lora_alpha"])
+    init = source.option("init_lora_weights")
     fitted, rooted = values["A"].shape[0], bool(source.option("use_rslora"))
+    init = {"init": source.option("init_lora_weights")} if _is_residual(source) else {}
     return build_config(
         "dora" if "magnitude" in values else "lora",
         {
+            **init,
             "rank": fitted,
             # The scale stays that of the nominal rank where a layer is too small for it.
             "alpha": times * float(alpha) * ((fitted / rank) ** (0.5 if rooted else 1.0)),
             "scaling": "rslora" if rooted else "standard",
+            **({"init": init} if init in _RESIDUAL_INITS else {}),
             "dropout": 0.0 if kind == "embedding" else float(source.option("lora_dropout", 0.0)),
         },
     )
+
+
+def _is_residual(source: Source) -> bool:
+    return source.option("init_lora_weights") in _RESIDUAL_INITS
+
+
+def _nominal_rank(source: Source, layer: str, down: Tensor) -> int:
+    """Return the rank that the scale goes by: a decomposition has no more than the layer's."""
+    if not _is_residual(source):
+        return down.shape[0]
+    return int(by_pattern(source.option("rank_pattern"), layer, source.config["r"]))
+
+
+def _refuse_residual(source: Source, layer: str, tensors: Table[str, Tensor]) -> None:
+    """Refuse PiSSA and OLoRA where PEFT has none, or where it is not ours."""
+    if not _is_residual(source):
+        return
+    init = source.option("init_lora_weights")
+    plain = "lora_A" in tensors and tensors["lora_A"].dim() == 2
+    if not plain or "lora_magnitude_vector" in tensors or f"{layer}.out_proj" in source.layers:
+        raise AdapterFileError(
+            f"init_lora_weights={init!r} is supported for LoRA on Linear layers, which {layer} in "
+            "this file is not"
+        )
 
 
 def _read_attention(
