@@ -10,8 +10,10 @@ the pair of the output is read with twice its scale and written with half of it.
 
 A pair of a higher rank than its layer can have is replaced by one with the same product.
 
-`init_lora_weights` of PiSSA and OLoRA take a part of the base weight off when PEFT loads the
-adapter, and so do our options of that name. Others that change the base weights are refused.
+Where `init_lora_weights` is `pissa` or `olora`, PEFT takes the initial pair off the base weight
+whenever it loads the file, and so does our LoRA of that `init`, without touching the weight. PEFT
+has these for Linear layers only. Other values that change the base (`pissa_niter_4`, `corda`,
+`loftq`, `lora_ga`) depend on chance, data or precision beside the weight: they are refused.
 """
 
 from collections.abc import Mapping as Table
@@ -43,7 +45,6 @@ from visionlora.methods.dora import DoRA
 from visionlora.registry import build_config
 from visionlora.sites import WHOLE
 
-_RESIDUAL_INITS = ("pissa", "olora")
 _HARMLESS_INITS = (True, "gaussian", "orthogonal", "eva")
 _RESIDUAL_INITS = ("pissa", "olora")
 
@@ -171,7 +172,6 @@ def _config(
     times: float = 1.0,
 ) -> AdapterConfig:
     alpha = by_pattern(source.option("alpha_pattern"), layer, source.config["lora_alpha"])
-    init = source.option("init_lora_weights")
     fitted, rooted = values["A"].shape[0], bool(source.option("use_rslora"))
     init = {"init": source.option("init_lora_weights")} if _is_residual(source) else {}
     return build_config(
@@ -182,7 +182,6 @@ def _config(
             # The scale stays that of the nominal rank where a layer is too small for it.
             "alpha": times * float(alpha) * ((fitted / rank) ** (0.5 if rooted else 1.0)),
             "scaling": "rslora" if rooted else "standard",
-            **({"init": init} if init in _RESIDUAL_INITS else {}),
             "dropout": 0.0 if kind == "embedding" else float(source.option("lora_dropout", 0.0)),
         },
     )
