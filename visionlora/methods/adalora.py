@@ -31,7 +31,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from visionlora.config import AdapterConfig
+from visionlora.config import AdapterConfig, check_rank
 from visionlora.dynamics.base import StepContext
 from visionlora.errors import ConfigError
 from visionlora.methods.base import Delta, Shared
@@ -100,7 +100,7 @@ class AdaLoRAConfig(AdapterConfig):
 
     def check_site(self, site: Site) -> None:
         """Refuse a rank that the site cannot have."""
-        refuse_rank(self.method, self.rank, site)
+        check_rank(self.method, self.rank, site)
 
 
 class AdaLoRA(Delta):
@@ -241,15 +241,6 @@ class AdaLoRAController(Controller):
         self.importance.load_state_dict(state["importance"], devices)
         self.masks = {name: mask.to(devices[name]) for name, mask in state["masks"].items()}
         self.fixed = state["fixed"]
-
-
-def refuse_rank(method: str, rank: int, site: Site) -> None:
-    """Refuse a rank that the site cannot have."""
-    if rank > site.max_rank:
-        raise ConfigError(
-            f"{method}: rank {rank} is larger than {site.name or 'the layer'} allows: its view is "
-            f"{site.out_features} x {site.in_features}, so at most {site.max_rank}"
-        )
 
 
 register(AdaLoRAConfig, AdaLoRA, controller=AdaLoRAController)

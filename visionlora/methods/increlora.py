@@ -33,9 +33,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from visionlora.config import AdapterConfig
+from visionlora.config import AdapterConfig, check_rank
 from visionlora.errors import ConfigError
-from visionlora.methods.adalora import refuse_rank
 from visionlora.methods.base import Delta, Layer, Shared
 from visionlora.ranks.growth import GrowthController
 from visionlora.ranks.watch import Watched, watched_gradient
@@ -136,7 +135,7 @@ class IncreLoRAConfig(AdapterConfig):
 
     def check_site(self, site: Site) -> None:
         """Refuse a rank that the site cannot have."""
-        refuse_rank(self.method, self.total, site)
+        check_rank(self.method, self.total, site)
 
 
 class IncreLoRA(Delta):
