@@ -75,6 +75,20 @@ def test_inspect_says_what_an_unknown_file_looks_like(tensors, said, tmp_path, c
     assert "(1, 2)" in shown
 
 
+@pytest.mark.parametrize(
+    ("metadata", "said"),
+    [
+        ({"visionlora-integers": "{}"}, "an integer adapter of ours"),
+        ({"visionlora": '{"format": "visionlora-generator"}'}, "a generator of adapters of ours"),
+    ],
+)
+def test_inspect_knows_our_other_files(metadata, said, tmp_path, capsys):
+    path = tmp_path / "other.safetensors"
+    save_file({"x": torch.zeros(2)}, path, metadata)
+    main(["inspect", str(path)])
+    assert f"looks like {said}" in capsys.readouterr().out
+
+
 def test_convert_writes_beside_the_file_or_where_it_is_told(file, tmp_path, capsys):
     main(["convert", str(file), "--to", "peft"])
     assert (tmp_path / "run-peft" / "adapter_model.safetensors").is_file()

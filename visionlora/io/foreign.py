@@ -1,5 +1,6 @@
 """What a safetensors file of another tool seems to be, told by the names of its tensors."""
 
+import json
 import re
 from collections import Counter
 from dataclasses import dataclass
@@ -18,6 +19,10 @@ _SIGNS = (
     (r"adapter\.|shared\.", "a native adapter that has lost its description"),
     (r".*(weight|bias|running_mean|pos_embed|cls_token)$", "the weights of a whole model"),
 )
+_OURS = {
+    "visionlora-integers": "an integer adapter of ours (load_integers)",
+    "visionlora-generator": "a generator of adapters of ours (visionlora.generate)",
+}
 _SHOWN = 6
 
 
@@ -55,7 +60,19 @@ def inspect_foreign(path: str | Path) -> ForeignInfo:
     path, shapes = Path(path), shapes_of(path)
     if not shapes:
         raise AdapterFileError(f"{path} is truncated, empty or not a safetensors file")
-    return ForeignInfo(path, guess(shapes), shapes, metadata_of(path), path.stat().st_size)
+    metadata = metadata_of(path)
+    kind = ours(metadata) or guess(shapes)
+    return ForeignInfo(path, kind, shapes, metadata, path.stat().st_size)
+
+
+def ours(metadata: dict[str, str]) -> str:
+    """Return what other file of ours a description names, or an empty string."""
+    try:
+        named = json.loads(metadata.get("visionlora", "null"))
+    except ValueError:
+        named = None
+    form = named.get("format") if isinstance(named, dict) else None
+    return next((kind for key, kind in _OURS.items() if key in (form, *metadata)), "")
 
 
 def guess(names: dict[str, tuple[int, ...]]) -> str:

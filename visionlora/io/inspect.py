@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from visionlora.io.adapter_file import read_adapter
-from visionlora.io.foreign import ForeignInfo, inspect_foreign
+from visionlora.io.foreign import ForeignInfo, inspect_foreign, ours
 from visionlora.io.opening import is_foreign
 from visionlora.io.peft.inspect import PeftInfo, inspect_peft
 from visionlora.io.safetensors_file import metadata_of, shapes_of
@@ -55,7 +55,8 @@ def inspect(path: str | Path) -> AdapterInfo | PeftInfo | ForeignInfo:
     """
     if is_foreign(path):
         return inspect_peft(path)
-    if Path(path).is_file() and "visionlora" not in metadata_of(path) and shapes_of(path):
+    metadata = metadata_of(path) if Path(path).is_file() else {}
+    if ours(metadata) or ("visionlora" not in metadata and shapes_of(path)):
         return inspect_foreign(path)
     return _inspect_native(path)
 
