@@ -81,8 +81,8 @@ class LoRAMapping(Mapping):
         """Return LoRA or DoRA on the layers that have tensors."""
         result = Translation()
         for layer, tensors in source.layers.items():
-            _refuse_residual(source, layer, tensors)
             if f"{layer}.out_proj" in source.layers:
+                _check_residual(source, layer, plain=False)
                 _read_attention(result, source, layer, tensors)
                 continue
             owner, _, leaf = layer.rpartition(".")
@@ -90,6 +90,8 @@ class LoRAMapping(Mapping):
                 owner in source.layers or source.known.site(owner, "out", "linear") is not None
             )
             kind, down, up = pair_tensors(tensors, "lora")
+            plain = kind == "linear" and not inside and "lora_magnitude_vector" not in tensors
+            _check_residual(source, layer, plain=plain)
             site = source.site(
                 owner if inside else layer,
                 up.shape[0],
@@ -198,16 +200,12 @@ def _nominal_rank(source: Source, layer: str, down: Tensor) -> int:
     return int(by_pattern(source.option("rank_pattern"), layer, source.config["r"]))
 
 
-def _refuse_residual(source: Source, layer: str, tensors: Table[str, Tensor]) -> None:
-    """Refuse PiSSA and OLoRA where PEFT has none, or where it is not ours."""
-    if not _is_residual(source):
-        return
-    init = source.option("init_lora_weights")
-    plain = "lora_A" in tensors and tensors["lora_A"].dim() == 2
-    if not plain or "lora_magnitude_vector" in tensors or f"{layer}.out_proj" in source.layers:
+def _check_residual(source: Source, layer: str, *, plain: bool) -> None:
+    """Refuse PiSSA and OLoRA on what is not plain LoRA of a Linear layer."""
+    if _is_residual(source) and not plain:
         raise AdapterFileError(
-            f"init_lora_weights={init!r} is supported for LoRA on Linear layers, which {layer} in "
-            "this file is not"
+            f"init_lora_weights={source.config['init_lora_weights']!r} is supported for LoRA on "
+            f"Linear layers, which {layer} in this file is not"
         )
 
 
