@@ -21,11 +21,12 @@ from torch.func import functional_call
 
 import visionlora as vl
 from visionlora.config import AdapterConfig
-from visionlora.hosts import Host, Mode
+from visionlora.hosts import Host, Mode, describe
 from visionlora.hosts.base import bias_name
 from visionlora.methods.base import Delta
 from visionlora.record import adapter_parameter_owners
 from visionlora.registry import build_config, get_method, list_methods, list_presets
+from visionlora.targets import find_targets
 
 WIDTH = 12
 # Options that make a method small enough for these sites, by name.
@@ -276,8 +277,14 @@ FEW = [
 @functools.cache
 def refused(config: AdapterConfig, kind: Kind) -> bool:
     """Whether the configuration itself declares that it cannot serve the kind."""
+    model = kind.model()
     try:
-        inject(kind.model(), config, kind)
+        matches = find_targets(model, kind.target, (), config.kinds)
+        sites = [describe(match.name, match.module, key) for match in matches for key in match.keys]
+        for site in sites:
+            config.check_kind(site)
+            config.check_site(site)
+        config.check_plan(sites)
     except (vl.errors.ConfigError, vl.errors.TargetError):
         return True
     return False
