@@ -17,7 +17,7 @@ from visionlora import record
 from visionlora.build import refuse_merged
 from visionlora.errors import AdapterStateError
 from visionlora.hosts import find_adapter
-from visionlora.methods.routing import MeanGates, RoutedDelta
+from visionlora.methods.parts.routing import MeanGates, RoutedDelta
 from visionlora.ranks.factors import singular_triples
 from visionlora.ranks.finalize import plain_config
 from visionlora.ranks.structure import Place, places_of

@@ -12,7 +12,7 @@ from tests.tolerances import assert_close
 from visionlora.dynamics import Stepper
 from visionlora.errors import AdapterFileError, AdapterStateError, ConfigError
 from visionlora.io.integers import load_integers, read_integers, save_integers
-from visionlora.methods import gates
+from visionlora.methods.parts import gates
 from visionlora.ops.quantize import (
     WIDTHS,
     from_levels,

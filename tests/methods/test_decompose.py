@@ -5,7 +5,7 @@ import torch
 
 from tests.tolerances import assert_close
 from visionlora.errors import ConfigError
-from visionlora.methods.decompose import ldu, truncated_svd
+from visionlora.methods.parts.decompose import ldu, truncated_svd
 
 SHAPES = pytest.mark.parametrize("shape", [(7, 12), (12, 7), (9, 9), (1, 5), (5, 1)])
 

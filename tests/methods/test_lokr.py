@@ -10,7 +10,7 @@ import visionlora as vl
 from tests.methods.single_layer import adapt, change, delta_of, inputs, rank, view
 from tests.tolerances import assert_close
 from visionlora.errors import ConfigError
-from visionlora.methods.kronecker import split
+from visionlora.methods.parts.kronecker import split
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from tests.tolerances import assert_close
 from visionlora.dynamics import Stepper
 from visionlora.errors import AdapterStateError, ConfigError, VisionLoraError
 from visionlora.freeze import freeze_routing
-from visionlora.methods.depth import block_index, fit
+from visionlora.methods.parts.depth import block_index, fit
 from visionlora.ranks import controllers_of
 
 METHOD = "queryable-lora"

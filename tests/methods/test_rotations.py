@@ -8,7 +8,7 @@ import visionlora as vl
 from tests.methods.single_layer import adapt, change, delta_of, inputs, view
 from tests.tolerances import assert_close
 from visionlora.errors import ConfigError
-from visionlora.methods.rotations import (
+from visionlora.methods.parts.rotations import (
     cayley,
     cayley_series,
     rotate_blocks,

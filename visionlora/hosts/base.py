@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from visionlora.errors import AdapterStateError, nearest
 from visionlora.methods.base import Delta
-from visionlora.methods.noise import without_noise
+from visionlora.methods.parts.noise import without_noise
 from visionlora.sites import Site
 
 logger = logging.getLogger("visionlora")

@@ -23,7 +23,7 @@ from visionlora.errors import AdapterFileError, AdapterStateError, VisionLoraErr
 from visionlora.io import checks, contents
 from visionlora.io.adapter_file import AdapterFile, read_site
 from visionlora.io.atomic import write_atomically
-from visionlora.methods.noise import without_noise
+from visionlora.methods.parts.noise import without_noise
 from visionlora.ops.quantize import from_levels, pack, to_levels, unpack
 from visionlora.ranks.squeeze import choose
 from visionlora.ranks.structure import places_of

@@ -17,7 +17,7 @@ from visionlora.io import checks, contents
 from visionlora.io.adapter_file import AdapterFile
 from visionlora.io.known import KnownLayers, ModelLayers
 from visionlora.methods.base import Delta, Shared
-from visionlora.methods.noise import without_noise
+from visionlora.methods.parts.noise import without_noise
 from visionlora.record import adapter_names, hosts_of
 from visionlora.registry import get_method
 from visionlora.sites import Site, named_generator

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from visionlora.errors import AdapterFileError, ConfigError
 from visionlora.io.parts import AdapterParts, Entry
-from visionlora.methods.noise import without_noise
+from visionlora.methods.parts.noise import without_noise
 from visionlora.ranks.factors import Triples, singular_triples
 from visionlora.sites import Site
 

@@ -4,7 +4,7 @@ r"""Bayesian-LoRA: trained gates on rank and bit width (Meo et al. 2024, arXiv 2
 
 Q_A and Q_B are residual quantisers of 2 to 32 bits (`visionlora.ops.quantize`) with four gates and
 one range each; G_i = z_2 ... z_i nests the rank gates, the first rank being always on. All gates
-are hard concrete (`visionlora.methods.gates`). The loss gets, for every site,
+are hard concrete (`visionlora.methods.parts.gates`). The loss gets, for every site,
 
     lambda_bits * sum over A, B of size / largest * sum over b in 4, 8, 16, 32 of b P_4 ... P_b
     + lambda_rank * sum over i of P_1 ... P_i,         P = P(z > 0)
@@ -34,8 +34,8 @@ from torch import Tensor, nn
 
 from visionlora.config import AdapterConfig, LowRankConfig
 from visionlora.errors import ConfigError
-from visionlora.methods import gates
 from visionlora.methods.base import Delta, Group, Shared, uniform
+from visionlora.methods.parts import gates
 from visionlora.ops.quantize import WIDTHS, residual_quantize
 from visionlora.ranks.allocation import resized
 from visionlora.ranks.pressure import WarmIn

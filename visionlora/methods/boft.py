@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from visionlora.config import AdapterConfig
 from visionlora.errors import ConfigError
 from visionlora.methods.base import Delta, Layer, Shared
-from visionlora.methods.rotations import (
+from visionlora.methods.parts.rotations import (
     butterfly,
     cayley,
     check_divides,

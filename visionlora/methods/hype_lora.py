@@ -38,9 +38,9 @@ from torch import Tensor, nn
 from visionlora.config import LowRankConfig
 from visionlora.errors import ConfigError
 from visionlora.methods.base import Delta, Shared, uniform
-from visionlora.methods.cache import GraphCache
-from visionlora.methods.hypernet import MLP, Affine, Encoder
-from visionlora.methods.routing import full_precision
+from visionlora.methods.parts.cache import GraphCache
+from visionlora.methods.parts.hypernet import MLP, Affine, Encoder
+from visionlora.methods.parts.routing import full_precision
 from visionlora.ranks.blend import BlendSchedule
 from visionlora.registry import register
 from visionlora.sites import Site, named_generator

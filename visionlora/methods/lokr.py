@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from visionlora.config import AdapterConfig
 from visionlora.errors import ConfigError
 from visionlora.methods.base import Delta, Layer, Shared, uniform
-from visionlora.methods.kronecker import columns, mix, split
+from visionlora.methods.parts.kronecker import columns, mix, split
 from visionlora.registry import register
 from visionlora.sites import Site
 

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from visionlora.config import AdapterConfig, check_rank
 from visionlora.errors import ConfigError
 from visionlora.methods.base import Delta, Group, Shared, uniform
-from visionlora.methods.decompose import ldu
+from visionlora.methods.parts.decompose import ldu
 from visionlora.registry import register
 from visionlora.sites import Site
 

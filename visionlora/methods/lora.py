@@ -8,7 +8,7 @@ that the change is zero. `init="normal"`: both factors from N(0, 0.02^2), as LoR
 trackers (Lin et al. 2024, arXiv 2403.05231); the change is then small but not zero.
 
 `init="pissa"` and `init="olora"`: A and B start at a pair A0, B0 that is a part of W, its largest
-singular triples or the first columns of its QR (`visionlora.methods.residual`), and
+singular triples or the first columns of its QR (`visionlora.methods.parts.residual`), and
 
     Delta W = s * (B A - B0 A0),   exactly zero at first
 
@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from visionlora.config import LowRankConfig
 from visionlora.errors import ConfigError
 from visionlora.methods.base import Delta, Shared, reset_zero_pair
-from visionlora.methods.residual import difference, initial_pair
+from visionlora.methods.parts.residual import difference, initial_pair
 from visionlora.registry import register, register_preset
 from visionlora.sites import Site
 

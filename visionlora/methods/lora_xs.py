@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from visionlora.config import LowRankConfig
 from visionlora.methods.base import Delta, Shared
-from visionlora.methods.decompose import truncated_svd
+from visionlora.methods.parts.decompose import truncated_svd
 from visionlora.registry import register
 from visionlora.sites import Site
 

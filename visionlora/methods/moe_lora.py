@@ -37,8 +37,8 @@ from torch import Tensor, nn
 from visionlora.config import LowRankConfig
 from visionlora.errors import ConfigError
 from visionlora.methods.base import Layer, Shared, reset_zero_pair, uniform
-from visionlora.methods.recompute import Latest, in_backward
-from visionlora.methods.routing import (
+from visionlora.methods.parts.recompute import Latest, in_backward
+from visionlora.methods.parts.routing import (
     RoutedDelta,
     features_back,
     features_last,

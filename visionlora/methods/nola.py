@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from visionlora.config import LowRankConfig
 from visionlora.errors import ConfigError
 from visionlora.methods.base import Delta, Shared, uniform
-from visionlora.methods.cache import GraphCache
+from visionlora.methods.parts.cache import GraphCache
 from visionlora.ops.generated import combine_generated
 from visionlora.registry import register, register_preset
 from visionlora.sites import Site, named_generator

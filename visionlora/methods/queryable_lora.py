@@ -7,10 +7,9 @@ r"""Queryable LoRA: shared r x r atoms, mixed by what a block and earlier ones s
     pi = softmax(K W_pi t / tau) for an instruction t, else uniform
 
 Only an outline of the method is public, so everything here is a choice. A block is `block_size`
-neighbouring transformer blocks of a tower (see `visionlora.methods.depth`); a layer outside of
-blocks is a block of its own, without a past. Every sample has its own a; the first dimension of
+neighbouring transformer blocks of a tower (see `visionlora.methods.parts.depth`); a layer outside
+of blocks is a block of its own, without a past. Every sample has its own a; the first dimension of
 every adapted layer's input is the batch. Since a is convex, |R_b| never exceeds the largest |M_k|.
-The instruction is the embedding of a sentence, given as numbers; it is kept in the configuration.
 
 Initial values: A and B as in LoRA, so the change is zero; M_k = I + 0.02 N(0, 1), keys kappa_k
 N(0, 1/d), the matrices W uniform in +-1/sqrt(fan-in). LN has no parameters, and the routing runs
@@ -36,9 +35,9 @@ from torch import Tensor, nn
 from visionlora.config import LowRankConfig
 from visionlora.errors import ConfigError
 from visionlora.methods.base import Layer, Shared, reset_zero_pair, uniform
-from visionlora.methods.depth import Depth, Pass, blocks_of, fit, is_deep
-from visionlora.methods.recompute import in_backward, kept_for_backward
-from visionlora.methods.routing import (
+from visionlora.methods.parts.depth import Depth, Pass, blocks_of, fit, is_deep
+from visionlora.methods.parts.recompute import in_backward, kept_for_backward
+from visionlora.methods.parts.routing import (
     RoutedDelta,
     by_sample,
     features_back,

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from visionlora.config import AdapterConfig, check_rank
 from visionlora.errors import ConfigError
 from visionlora.methods.base import Delta, Shared, uniform
-from visionlora.methods.decompose import truncated_svd
+from visionlora.methods.parts.decompose import truncated_svd
 from visionlora.registry import register
 from visionlora.sites import Site, named_generator
 

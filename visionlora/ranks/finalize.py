@@ -9,7 +9,7 @@ from visionlora.build import refuse_merged
 from visionlora.config import AdapterConfig
 from visionlora.errors import AdapterStateError
 from visionlora.methods.base import Delta
-from visionlora.methods.noise import without_noise
+from visionlora.methods.parts.noise import without_noise
 from visionlora.ranks.structure import Place, places_of
 from visionlora.registry import build_config
 

@@ -30,7 +30,7 @@ from visionlora.config import LowRankConfig
 from visionlora.errors import AdapterStateError, ConfigError
 from visionlora.hosts import find_adapter
 from visionlora.methods.base import Delta
-from visionlora.methods.noise import without_noise
+from visionlora.methods.parts.noise import without_noise
 from visionlora.ranks.allocation import Keep, Request, SqueezeReport, report, resized
 from visionlora.ranks.factors import Triples
 from visionlora.ranks.finalize import plain_config

@@ -27,7 +27,7 @@ from visionlora.io.peft.mapping import (
 )
 from visionlora.methods.boft import BOFT
 from visionlora.methods.oft import OFT
-from visionlora.methods.rotations import entries, skew
+from visionlora.methods.parts.rotations import entries, skew
 from visionlora.registry import build_config
 from visionlora.sites import Kind
 

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from visionlora.methods.base import uniform
-from visionlora.methods.routing import full_precision
+from visionlora.methods.parts.routing import full_precision
 
 
 class Affine(nn.Module):

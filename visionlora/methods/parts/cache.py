@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from visionlora.methods.recompute import in_backward, kept_for_backward
+from visionlora.methods.parts.recompute import in_backward, kept_for_backward
 
 
 class GraphCache:

@@ -21,7 +21,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from visionlora.errors import ConfigError
-from visionlora.methods.decompose import leading_qr, truncated_svd
+from visionlora.methods.parts.decompose import leading_qr, truncated_svd
 
 Pair = tuple[Float[Tensor, "out rank"], Float[Tensor, "rank in"]]
 

@@ -1,0 +1,1 @@
+"""What several methods share: decompositions, rotations, gates, caches, routing."""
