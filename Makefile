@@ -24,11 +24,10 @@ format: $(VENV)/.dev
 	$(RUN) -m ruff check --fix .
 
 bench: $(VENV)/.dev
-	$(RUN) benchmarks/step.py --json benchmarks/results/step.jsonl
+	$(RUN) benchmarks/step.py --methods all --json benchmarks/results/step.jsonl --minutes 30
 
 methods: $(VENV)/.dev
 	$(RUN) benchmarks/methods.py
-	$(RUN) benchmarks/step.py --methods all --json benchmarks/results/step-all.jsonl --minutes 30
 	$(RUN) scripts/tables.py
 
 tables: $(VENV)/.dev

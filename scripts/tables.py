@@ -96,7 +96,9 @@ def measured_table() -> str:
     items = _lines("methods.jsonl")
     if not items:
         return "No measurement is stored: run `make methods`."
-    steps = {item["method"]: item for item in _lines("step-all.jsonl") if _is_ours(item)}
+    steps = {
+        item["method"]: item for item in _lines("step.jsonl") if item["library"] == "visionlora"
+    }
     claims: dict[str, str] = json.loads(CLAIMS.read_text(encoding="utf-8"))
     rows = [
         "| method | accuracy | trained | file, kB | step | saved | what its authors report |",
@@ -120,17 +122,25 @@ def measured_table() -> str:
     return head + "\n".join(rows)
 
 
-def _is_ours(item: dict[str, Any]) -> bool:
-    return bool(item["library"] == "visionlora")
-
-
 def step_table() -> str:
-    """Return the measured step table, or say that there is none."""
-    rows = ["| library | method | step | forward | saved bytes |", "|---|---|---|---|---|"]
-    for item in _lines("step.jsonl"):
-        figures = (f"{item[key]:.2f}" for key in ("step_ratio", "forward_ratio", "saved_ratio"))
-        rows.append(f"| {item['library']} | {item['method']} | {' | '.join(figures)} |")
-    return "\n".join(rows) if len(rows) > 2 else "No measurement is stored: run `make bench`."
+    """Return the measured steps of what PEFT has too, ours beside PEFT's."""
+    items = _lines("step.jsonl")
+    found = {(item["library"], item["method"]): item for item in items}
+    rows = [
+        "| method | step | PEFT | saved bytes | PEFT |",
+        "|---|---|---|---|---|",
+    ]
+    for (library, method), ours in found.items():
+        peer = found.get(("peft", method))
+        if library == "torch":
+            rows.append(
+                f"| *{method}* | {ours['step_ratio']:.2f} | | {ours['saved_ratio']:.2f} | |"
+            )
+        elif library == "visionlora" and peer is not None:
+            pairs = [(ours[key], peer[key]) for key in ("step_ratio", "saved_ratio")]
+            cells = [f"{one:.2f} | {other:.2f}" for one, other in pairs]
+            rows.append(f"| `{method}` | {' | '.join(cells)} |")
+    return "\n".join(rows) if items else "No measurement is stored: run `make bench`."
 
 
 def _lines(name: str) -> list[dict[str, Any]]:
