@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from tasks.fewshot.backbones import TINY
 from tasks.fewshot.classifier import Encoder
 from tasks.fewshot.images import Augmentation
 from tasks.fewshot.sampling import ShortClass
@@ -25,6 +26,10 @@ RATES = Path(__file__).with_name("rates.json")
 
 RECIPE = {"rank": 2, "alpha": 1.0, "scaling": "rslora", "dropout": 0.25}
 """CLIP-LoRA's adapter options, for methods that train a factor pair; `--adapter.*` overrides."""
+
+
+NARROW: dict[str, dict[str, Any]] = {"vb-lora": {"block": 64}}
+"""Options that the 64 features of the tiny model ask for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,6 +125,8 @@ class FewshotConfig:
         own = {item.name for item in dataclasses.fields(fields)}
         recipe = RECIPE if issubclass(fields, LowRankConfig) else {}
         options = {key: value for key, value in recipe.items() if key in own}
+        if self.backbone == TINY:
+            options |= NARROW.get(fields.method, {})
         config = build_config(self.method, {**options, **self.adapter, "seed": seed})
         return dataclasses.asdict(config)
 

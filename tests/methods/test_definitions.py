@@ -66,7 +66,7 @@ def test_dora_row_norms_without_the_matrix():
     model = disturb(layer("dora", rank=2, alpha=5.0))
     delta = delta_of(model)
     direction = model[0].weight + delta.scale * delta.B @ delta.A
-    assert_close(delta.row_norms(model[0].weight), direction.norm(dim=1))
+    assert_close(delta.row_norms(model[0].weight, delta.A, delta.B), direction.norm(dim=1))
 
 
 def test_vera_shares_one_pair_over_all_shapes():

@@ -6,7 +6,7 @@ import torch
 import visionlora as vl
 from tasks.fewshot.backbones import load_backbone
 from tasks.fewshot.classifier import Classifier, adapter_targets
-from tasks.fewshot.config import FewshotConfig
+from tasks.fewshot.config import PRESETS, FewshotConfig, rate_of
 from tasks.fewshot.text import tokenize
 from visionlora.errors import ConfigError
 
@@ -18,8 +18,10 @@ def backbone():
 
 def build(backbone, encoder="both", params=("q", "k", "v"), **options) -> Classifier:
     """Inject an adapter and return the classifier over three classes."""
-    targets, exclude = adapter_targets(backbone.clip, encoder, params)
-    options = {"method": "lora", "rank": 2, **options}
+    options = {"rank": 2, **options} if "method" not in options else options
+    options = {"method": "lora", **options}
+    kinds = vl.get_method(options["method"]).config.kinds
+    targets, exclude = adapter_targets(backbone.clip, encoder, params, kinds)
     vl.inject(backbone.clip, targets=targets, exclude=exclude, **options)
     tokens = tokenize(("one", "two", "three"), ["a photo of {}."], backbone.tokenizer)
     return Classifier(backbone.clip, tokens, backbone.transform, encoder)
@@ -103,10 +105,10 @@ def test_towers_without_attention_are_refused(backbone):
 
 @pytest.mark.parametrize("method", vl.list_methods())
 def test_every_registered_method_lowers_the_loss(backbone, method):
-    options = FewshotConfig(method=method).adapter_options(1)
-    model = build(backbone, method=method, **options)
-    parameters = [p for _, p in vl.trainable_parameters(backbone.clip)]
-    optimizer = torch.optim.AdamW(parameters, lr=1e-2)
+    config = FewshotConfig(method=method)
+    model = build(backbone, method=method, **config.adapter_options(1))
+    lr = PRESETS["tiny"].lr * rate_of(method)
+    optimizer = torch.optim.AdamW(vl.parameter_groups(backbone.clip, lr, weight_decay=0.0))
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 255, (6, 3, 16, 16), dtype=torch.uint8, generator=generator)
     labels = torch.tensor([0, 1, 2] * 2)
@@ -115,7 +117,7 @@ def test_every_registered_method_lowers_the_loss(backbone, method):
         return torch.nn.functional.cross_entropy(model.train(training)(images), labels)
 
     before = loss(False).item()
-    for _ in range(5):
+    for _ in range(10):
         optimizer.zero_grad()
         loss(True).backward()
         optimizer.step()

@@ -98,6 +98,14 @@ def test_a_saved_adapter_predicts_what_the_evaluation_counted(digits, tmp_path):
         predict.run(predict.PredictConfig(adapter=str(folder), strict=True, **config))
 
 
+def test_a_routed_adapter_predicts(tmp_path, write_images):
+    train.run(quick(tmp_path / "run", method="moe-lora"))
+    write_images(tmp_path / "pictures", 2)
+    places = {"images": str(tmp_path / "pictures"), "output": str(tmp_path / "out")}
+    found = predict.run(predict.PredictConfig(adapter=str(tmp_path / "run"), **places))
+    assert found["predicted"] == 2
+
+
 @pytest.mark.parametrize("damage", ["no description", "other format", "truncated tensors"])
 def test_damaged_adapters_are_refused(digits, tmp_path, damage, write_images):
     seed = tmp_path / "seed"
