@@ -1,14 +1,14 @@
 """What can go wrong, as a user sees it.
 
 ```
-VisionLoraError (ValueError)    a request that cannot be served: one line, and the nearest thing
-that can ├── TargetError                 a target pattern matches nothing, or something that cannot
-carry an adapter ├── ConfigError                 an unknown method or option, or a value out of
-range ├── AdapterFileError            a file that is truncated, foreign, inconsistent or for
-another model ├── AdapterStateError           a verb in the wrong state: merging twice, an unknown
-adapter name ├── NeverTrainedError           an adapter or head that receives no gradient
-├── DataError                   images or folders that cannot be read or do not suffice
-└── OutputError                 a folder or file that cannot be written
+VisionLoraError (ValueError)  a request that cannot be served: one line, and what can be instead
+├── TargetError               a target matches nothing, or something that cannot carry an adapter
+├── ConfigError               an unknown method or option, or a value out of range
+├── AdapterFileError          a file that is truncated, foreign, inconsistent or for another model
+├── AdapterStateError         a verb in the wrong state: merging twice, an unknown adapter name
+├── NeverTrainedError         an adapter or head that receives no gradient
+├── DataError                 images or folders that cannot be read or do not suffice
+└── OutputError               a folder or file that cannot be written
 ```
 
 Scripts turn a `VisionLoraError` into one line on stderr and exit code 2.

@@ -6,8 +6,7 @@
 | Conv2d | `weight.reshape(out, in/groups * kh * kw)` | optional |
 | Embedding | `weight.T`, so `out` is the width and `in` the vocabulary | - |
 | LayerNorm, GroupNorm, BatchNorm2d, RMSNorm | `weight.reshape(d, 1)` | - |
-| MultiheadAttention | `q`, `k`, `v` rows of `in_proj_weight` (or the three weights), `out` |
-implied |
+| MultiheadAttention | `q`, `k`, `v` of `in_proj_weight` (or the three weights), `out` | implied |
 """
 
 import hashlib
