@@ -159,6 +159,22 @@ def test_heads_that_peft_cannot_tell_apart_are_written_together(tmp_path):
         vl.export(model, tmp_path / "b")
 
 
+@pytest.mark.parity
+@pytest.mark.parametrize("merged", [False, True])
+def test_a_norm_with_a_trained_bias_is_saved_whole_and_alone(merged, tmp_path):
+    """BitFit's norms become modules that PEFT saves, without the adapter that is inside them."""
+    peft = pytest.importorskip("peft")
+    base = nn.Sequential(nn.Linear(6, 6), nn.LayerNorm(6))
+    model = disturbed(copy.deepcopy(base), "bitfit", ["0", "1"])
+    x = torch.randn(4, 6)
+    expected = model(x)
+    if merged:
+        vl.merge(model)
+    vl.export(model, tmp_path)
+    assert_close(peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).eval()(x), expected)
+    assert_close(vl.load(base, tmp_path)(x), expected)
+
+
 @pytest.mark.parametrize("method", ["lora", "dora", "lora-fa", "vera"])
 @pytest.mark.parametrize(
     ("build", "targets", "shape"),

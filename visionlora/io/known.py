@@ -175,9 +175,11 @@ class ModelLayers:
         return view_of(kept.get(name, stored(module, name)).detach(), site)
 
     def complete(self, module: str) -> dict[str, Tensor]:
-        """Return the state dict of a module."""
+        """Return the state dict of a module, adapters left out, as it was before a merge."""
         found = self.modules.get(module)
-        return {} if found is None else dict(found.state_dict())
+        names = [] if found is None else list(found.state_dict())
+        own = {name: self.tensor(f"{module}.{name}") for name in names}
+        return {name: item for name, item in own.items() if item is not None}
 
     def ending(self, text: str) -> list[str]:
         """Return the modules, adapters left out."""
