@@ -157,6 +157,7 @@ def test_one_block_serves_all_runs():
         ("boft", {"block": 3, "depth": 2}, "even"),
         ("boft", {"block": 1}, "at least 2"),
         ("boft", {"depth": 0}, "depth"),
+        ("boft", {"depth": 10**6}, "depth 1000000 and 16 features"),
     ],
 )
 def test_blocks_that_do_not_fit_are_refused(method, options, message):

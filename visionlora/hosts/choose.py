@@ -82,6 +82,8 @@ def describe(name: str, module: nn.Module, key: str) -> Site:
             f"{name or 'the layer'} ({type(module).__name__}) has no floating-point weight "
             "parameter: quantised, parametrised and lazy layers cannot carry an adapter"
         )
+    if not weight.numel():
+        raise TargetError(f"{name or 'the layer'} has an empty weight, {tuple(weight.shape)}")
     bias = cast("Tensor | None", module._parameters.get("bias")) is not None
     if kind == "norm":
         return Site(name, key, kind, weight.numel(), 1, bias=bias)

@@ -63,6 +63,11 @@ class BOFTConfig(AdapterConfig):
     def check_site(self, site: Site) -> None:
         """Refuse blocks that do not fit."""
         what = "block * 2^(depth-1)"
+        if self.depth > rotated_features(site).bit_length():  # before a number of that size
+            raise ConfigError(
+                f"boft: {what} must divide the rotated features, got depth {self.depth} and "
+                f"{rotated_features(site)} features at {site.name or 'the layer'}"
+            )
         check_divides("boft", self.block * 2 ** (self.depth - 1), what, site)
 
 
