@@ -13,12 +13,14 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
+import visionlora as vl
 from tasks.fewshot.classifier import LOGIT_SCALE, Classifier
 from tasks.fewshot.images import Transform, decode_all, evaluation_pixels
 from tasks.fewshot.sampling import Item
 from visionlora.errors import ConfigError, DataError
+from visionlora.registry import get_method
 
 HALF: dict[str, Callable[[str], AbstractContextManager[Any]]] = {
     "fp32": lambda _: nullcontext(),
@@ -101,6 +103,11 @@ class Scores:
             float(100 * row[index] / row.sum()) if row.sum() else None
             for index, row in enumerate(matrix)
         ]
+
+
+def merged_for(clip: nn.Module, method: str) -> AbstractContextManager[Any]:
+    """Return a context in which the adapter is merged; one that routes by input stays as it is."""
+    return vl.merged(clip) if get_method(method).delta.mergeable else nullcontext()
 
 
 @torch.inference_mode()

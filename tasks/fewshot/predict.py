@@ -12,11 +12,10 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from torch import Tensor
 
-import visionlora as vl
 from tasks.fewshot.adapter_files import load_adapter
 from tasks.fewshot.backbones import TINY
 from tasks.fewshot.classifier import Classifier
-from tasks.fewshot.evaluate import BATCH, pick_device, threads
+from tasks.fewshot.evaluate import BATCH, merged_for, pick_device, threads
 from tasks.fewshot.folder import list_images
 from tasks.fewshot.images import Transform, decode_all, evaluation_pixels, open_image
 from tasks.fewshot.pictures import save_grid
@@ -78,7 +77,8 @@ def run(config: PredictConfig) -> dict[str, Any]:
     )
     tokens = tokenize(description.classes, description.templates, backbone.tokenizer)
     model = Classifier(backbone.clip, tokens, transform, "both").to(device).eval()
-    with threads(1 if description.backbone == TINY else None), vl.merged(model.clip):
+    merged = merged_for(model.clip, description.method)
+    with threads(1 if description.backbone == TINY else None), merged:
         found, skipped = predict(
             model, files, description.classes, transform, device, config.strict
         )

@@ -3,7 +3,6 @@
 import json
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,7 @@ from tasks.fewshot.adapter_files import Description, save_adapter
 from tasks.fewshot.backbones import TINY
 from tasks.fewshot.classifier import Classifier
 from tasks.fewshot.config import ADAM_BETAS, ETA_MIN, WEIGHT_DECAY, FewshotConfig
-from tasks.fewshot.evaluate import Scores, threads
+from tasks.fewshot.evaluate import Scores, merged_for, threads
 from tasks.fewshot.experiment import Experiment, prepare
 from tasks.fewshot.output import open_run, taken_back_on_error
 from tasks.fewshot.pictures import save_confusion
@@ -25,7 +24,6 @@ from tasks.fewshot.results import read_matrix, summarise, write_matrix
 from tasks.fewshot.sampling import short_classes
 from tasks.fewshot.shots import Batches, FeatureBatches, Shots
 from visionlora.dynamics import Dynamics
-from visionlora.registry import get_method
 from visionlora.training import FitResult, RunDirectory, TrainSettings, cosine, fit
 
 MAY_CHANGE = ("output", "resume", "overwrite", "device", "seed", "checkpoint_every")
@@ -88,8 +86,7 @@ def run_seed(
     trainable = experiment.inject(seed)
     try:
         fitted = adapt(experiment, seed, shots, directory)
-        routed = not get_method(config.method).delta.mergeable
-        with nullcontext() if routed else vl.merged(clip):
+        with merged_for(clip, config.method):
             scores = experiment.score()
         figures = experiment.figures(scores)
         if directory.main:
