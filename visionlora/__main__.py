@@ -15,6 +15,7 @@ from typing import NoReturn, get_args
 from visionlora.errors import ConfigError
 from visionlora.io.convert import Target, convert
 from visionlora.io.inspect import inspect
+from visionlora.io.peft.config import TENSORS
 from visionlora.training.cli import run_cli
 
 
@@ -41,7 +42,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         print("\n".join(str(inspect(path)) for path in arguments.files))
         return
     target = arguments.output or _beside(arguments.file, arguments.to)
-    if target.resolve() == arguments.file.resolve():
+    read, written = arguments.file.resolve(), target.resolve()
+    if {read, read / TENSORS} & {written, written / TENSORS}:  # as a folder, or as its file
         raise ConfigError(f"--output {target} is the file that is converted; name another")
     print(
         convert(arguments.file, target, to=arguments.to, base=arguments.base, rank=arguments.rank)

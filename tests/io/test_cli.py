@@ -142,6 +142,22 @@ def test_the_file_is_not_overwritten_by_itself(file):
     assert file.read_bytes() == before
 
 
+@pytest.mark.parametrize(("source", "to", "target"), [(0, "lora", 1), (1, "peft", 0)])
+def test_a_folder_is_not_overwritten_by_its_own_file(source, to, target, tmp_path):
+    vl.export(trained(), tmp_path)
+    places = tmp_path, tmp_path / "adapter_model.safetensors"
+    before = places[1].read_bytes()
+    with pytest.raises(VisionLoraError, match="is the file that is converted"):
+        main(["convert", str(places[source]), "--to", to, "--output", str(places[target])])
+    assert places[1].read_bytes() == before
+
+
+def test_a_file_without_tensors_looks_like_nothing(tmp_path):
+    save_file({}, tmp_path / "empty.safetensors")
+    with pytest.raises(VisionLoraError, match="looks like nothing known here"):
+        main(["inspect", str(tmp_path / "empty.safetensors")])
+
+
 def test_the_process_exits_with_two_and_one_line(file, tmp_path):
     (tmp_path / "x").mkdir()
     (tmp_path / "x" / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))

@@ -81,6 +81,6 @@ def guess(names: dict[str, tuple[int, ...]]) -> str:
         next((kind for pattern, kind in _SIGNS if re.match(pattern, name)), "") for name in names
     )
     for _, kind in _SIGNS:
-        if found[kind] * 4 >= len(names):
+        if found[kind] * 4 >= max(len(names), 1):
             return kind
     return "nothing known here"
