@@ -5,11 +5,13 @@ a factor pair derive from `LowRankConfig`. `check_fields` turns a wrong type or 
 """
 
 import dataclasses
+import functools
 import math
 import types
 import typing
+from collections.abc import Hashable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 from visionlora.errors import ConfigError
 from visionlora.sites import Site
@@ -114,13 +116,18 @@ def check_fields(config: Any) -> None:
     Raises:
         ConfigError: naming the field, the value and what is allowed.
     """
-    hints = typing.get_type_hints(type(config))
+    hints = _hints(cast(Hashable, type(config)))
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if not _fits(value, hints[field.name]):
             owner = getattr(config, "method", "") or type(config).__name__
             allowed = _describe(hints[field.name])
             raise ConfigError(f"{owner}: {field.name} must be {allowed}, got {value!r}")
+
+
+@functools.cache
+def _hints(kind: Hashable) -> dict[str, Any]:
+    return typing.get_type_hints(kind)
 
 
 def _fits(value: Any, hint: Any) -> bool:

@@ -48,6 +48,7 @@ SMALL = {
 # -- configurations
 
 
+@functools.cache
 def _small(name: str) -> AdapterConfig:
     """Return a method or preset at a rank that the small sites have, without dropout."""
     config = build_config(name)
@@ -63,6 +64,7 @@ def _alternatives(config: AdapterConfig) -> Iterator[AdapterConfig]:
                 yield replace(config, **{field.name: value})
 
 
+@functools.cache
 def _label(config: AdapterConfig) -> str:
     default = _small(config.method)
     changed = [
@@ -135,9 +137,11 @@ class Kind:
 
     def model(self, seed: int = 0, dtype: torch.dtype = torch.float64) -> Net:
         """Return a fresh base model; the same seed gives the same weights."""
-        with torch.random.fork_rng():
-            torch.manual_seed(1000 + seed)
-            return Net(self.layer(), self.call).to(dtype)
+        state = torch.default_generator.get_state()
+        torch.default_generator.manual_seed(1000 + seed)
+        model = Net(self.layer(), self.call).to(dtype)
+        torch.default_generator.set_state(state)
+        return model
 
     def inputs(self, seed: int = 0, dtype: torch.dtype = torch.float64) -> tuple[Tensor, ...]:
         """Return random inputs."""
