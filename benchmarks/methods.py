@@ -73,7 +73,7 @@ def test(names: list[str], options: argparse.Namespace) -> None:
 
 
 def choose(names: list[str], options: argparse.Namespace) -> None:
-    """Climb over learning rates on validation images, and store the best relative to LoRA's."""
+    """Climb over learning rates on validation images, and store the multiple of the recipe's."""
     lr = PRESETS["tiny"].lr
     base = FewshotConfig(seed=[1], steps=options.steps, checkpoint_every=0, test_on="val", lr=lr)
     experiment = prepare(base)

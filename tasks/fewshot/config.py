@@ -22,7 +22,7 @@ ETA_MIN = 1e-6
 """The cosine schedule ends at this learning rate."""
 
 RATES = Path(__file__).with_name("rates.json")
-"""Learning rates of methods relative to LoRA's, chosen on validation images."""
+"""Learning rates of methods on the tiny model, as multiples of the recipe's."""
 
 RECIPE = {"rank": 2, "alpha": 1.0, "scaling": "rslora", "dropout": 0.25}
 """CLIP-LoRA's adapter options, for methods that train a factor pair; `--adapter.*` overrides."""
@@ -61,7 +61,7 @@ class FewshotConfig:
     params: list[str] = field(default_factory=lambda: ["q", "k", "v"])
     """Which projections: any of q k v out mlp."""
     lr: float | None = None
-    """Learning rate; default from the backbone's recipe and the method's rate in rates.json."""
+    """Learning rate; default from the backbone's recipe, for the tiny model by method."""
     steps: int | None = None
     """Optimiser steps; default from the backbone's recipe (ViT: 500 per shot, 100 base-to-new)."""
     batch_size: int = 32
@@ -113,7 +113,7 @@ class FewshotConfig:
         steps = self.steps or per_shot * self.shots
         return dataclasses.replace(
             self,
-            lr=self.lr or preset.lr * rate_of(self.method),
+            lr=self.lr or preset.lr * (rate_of(self.method) if self.backbone == TINY else 1.0),
             steps=min(steps, self.limit_steps or steps),
             template=self.template or list(templates),
             adapter={key: value for key, value in options.items() if key != "seed"},
@@ -152,9 +152,10 @@ class FewshotConfig:
 
 
 def rate_of(method: str) -> float:
-    """Return the learning rate that suits a method, relative to LoRA's.
+    """Return the learning rate of a method on the tiny model, as a multiple of the recipe's.
 
-    The rates were chosen on validation images (`python benchmarks/methods.py --choose`).
+    The rates were chosen on validation images (`python benchmarks/methods.py --choose`). Other
+    backbones keep their published recipe: nothing was measured there.
     """
     rates: dict[str, float] = json.loads(RATES.read_text(encoding="utf-8"))
     return rates.get(method, rates.get(get_method(method).name, 1.0))
