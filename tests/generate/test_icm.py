@@ -198,8 +198,9 @@ def _perturb(module: nn.Module) -> None:
 @pytest.mark.parametrize(
     ("vector", "words"),
     [
-        (torch.zeros(4), r"must have 16 entries, got \(4,\)"),
-        (torch.zeros(1, CONDITION), "must have 16 entries"),
+        (torch.zeros(4), r"tensor of 16 entries, got \(4,\)"),
+        (torch.zeros(1, CONDITION), "tensor of 16 entries"),
+        ([0.0] * CONDITION, "tensor of 16 entries, got list"),
         (torch.full((CONDITION,), torch.nan), "NaN or infinity"),
     ],
 )
@@ -314,7 +315,16 @@ def test_the_loss_is_squared_error_plus_weighted_divergence():
 
 
 @pytest.mark.parametrize(
-    "options", [{"channels": ()}, {"channels": (1,)}, {"epochs": 0}, {"lr": 0.0}, {"latent": 0}]
+    "options",
+    [
+        {"channels": ()},
+        {"channels": (1,)},
+        {"channels": 8},
+        {"epochs": 0},
+        {"epochs": "many"},
+        {"lr": 0.0},
+        {"latent": 0},
+    ],
 )
 def test_impossible_settings_are_refused(options):
     with pytest.raises(ConfigError, match=next(iter(options))):

@@ -30,6 +30,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from visionlora.config import check_fields
 from visionlora.errors import AdapterFileError, ConfigError
 from visionlora.generate.canonical import canonical_tensors
 from visionlora.generate.cvae import CVAE, negative_elbo
@@ -65,6 +66,7 @@ class GeneratorConfig:
     """Seed of initial values, order and noise."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if not self.channels or min(self.channels) < 2:
             raise ConfigError(f"channels must be numbers from 2 on, got {self.channels}")
         for name in ("latent", "batch_size", "epochs"):
@@ -226,9 +228,10 @@ class Generator:
         )  # fmt: skip
 
     def _condition(self, vector: Tensor) -> Tensor:
-        if vector.shape != self.centre.shape:
+        if not isinstance(vector, Tensor) or vector.shape != self.centre.shape:
+            given = tuple(vector.shape) if isinstance(vector, Tensor) else type(vector).__name__
             raise ConfigError(
-                f"the task vector must have {len(self.centre)} entries, got {tuple(vector.shape)}"
+                f"the task vector must be a tensor of {len(self.centre)} entries, got {given}"
             )
         if not bool(torch.isfinite(vector).all()):
             raise ConfigError("the task vector holds NaN or infinity")
