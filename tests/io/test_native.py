@@ -296,7 +296,7 @@ class Convolutional(Net):
         (lambda: Net(width=4), "4 x 6 here and 8 x 6"),
         (lambda: Net(seed=1), "other base weights"),
         (lambda: nn.Sequential(nn.Linear(6, 8)), "no layer"),
-        (Convolutional, "another model"),
+        (Convolutional, "8 x 6 (conv, 1 groups) here and 8 x 6 (linear, 1 groups)"),
     ],
 )
 def test_a_wrong_base_model_is_refused(path, build, said):

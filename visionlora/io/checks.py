@@ -7,6 +7,7 @@ from visionlora.hosts import describe
 from visionlora.io import contents
 from visionlora.io.adapter_file import AdapterFile
 from visionlora.methods.base import Delta
+from visionlora.sites import Site
 
 # Weights cast to half precision still count as the same base model.
 _BASE_TOLERANCE = 2e-2
@@ -31,9 +32,18 @@ def check_sites(model: nn.Module, file: AdapterFile) -> None:
             ) from error
         if not contents.same_site(here, site):
             raise AdapterFileError(
-                f"{file.path} is for another model: {site.name} is {here.out_features} x "
-                f"{here.in_features} here and {site.out_features} x {site.in_features} in the file"
+                f"{file.path} is for another model: {site.name} is {_view(here, site)} here and "
+                f"{_view(site, here)} in the file"
             )
+
+
+def _view(site: Site, other: Site) -> str:
+    """Return the size of a site, or all that tells it from another one of that size."""
+    size = f"{site.out_features} x {site.in_features}"
+    if (site.out_features, site.in_features) != (other.out_features, other.in_features):
+        return size
+    rows = f", rows {site.rows[0]} to {site.rows[1]}" if site.rows else ""
+    return f"{size} ({site.kind}, {site.groups} groups{rows})"
 
 
 def check_base(model: nn.Module, file: AdapterFile) -> None:
