@@ -23,11 +23,12 @@ from visionlora.io.peft.mapping import (
     Source,
     Translation,
     Written,
+    held_by_layers,
     register,
     whole_layers,
 )
 from visionlora.methods.uni_lora import UniLoRA, UniLoRAVector
-from visionlora.methods.vb_lora import VBLoRA, VectorBank
+from visionlora.methods.vb_lora import VectorBank
 from visionlora.registry import build_config
 
 _LEAST = 1e-30
@@ -70,13 +71,7 @@ class VBLoRAMapping(Mapping):
         """Return the bank and all logits."""
         if not whole_layers(parts, "linear"):
             return None
-        layers = {}
-        for entry in parts.entries:
-            assert isinstance(entry.delta, VBLoRA)
-            layers[entry.site.module] = {
-                "vblora_logits_A": entry.delta.logits_A,
-                "vblora_logits_B": entry.delta.logits_B,
-            }
+        layers = held_by_layers(parts, vblora_logits_A="logits_A", vblora_logits_B="logits_B")
         options, vectors = parts.entries[0].delta.config.to_dict(), parts.shared
         assert isinstance(vectors, VectorBank)
         config = {

@@ -21,12 +21,13 @@ from visionlora.io.peft.mapping import (
     Source,
     Translation,
     Written,
+    held_by_layers,
     register,
     whole_layers,
 )
 from visionlora.methods.base import uniform
 from visionlora.methods.rand_lora import RandLoRA, RandLoRABases
-from visionlora.methods.vera import VeRA, VeRABases
+from visionlora.methods.vera import VeRABases
 from visionlora.registry import build_config
 from visionlora.sites import Site
 
@@ -67,13 +68,7 @@ class VeRAMapping(Mapping):
         """Return the vectors and the frozen pair."""
         if not whole_layers(parts, "linear"):
             return None
-        layers = {}
-        for entry in parts.entries:
-            assert isinstance(entry.delta, VeRA)
-            layers[entry.site.module] = {
-                "vera_lambda_b": entry.delta.b,
-                "vera_lambda_d": entry.delta.d,
-            }
+        layers = held_by_layers(parts, vera_lambda_b="b", vera_lambda_d="d")
         bases = parts.shared
         assert isinstance(bases, VeRABases)
         config = {"peft_type": "VERA", "r": bases.A.shape[0], "save_projection": True}
@@ -126,13 +121,7 @@ class RandLoRAMapping(Mapping):
         layouts = {delta.options.layout for delta in deltas if isinstance(delta, RandLoRA)}
         if not whole_layers(parts, "linear") or layouts != {"peft"}:
             return None
-        layers = {}
-        for entry in parts.entries:
-            assert isinstance(entry.delta, RandLoRA)
-            layers[entry.site.module] = {
-                "randlora_lambda": entry.delta.Lambda,
-                "randlora_gamma": entry.delta.Gamma,
-            }
+        layers = held_by_layers(parts, randlora_lambda="Lambda", randlora_gamma="Gamma")
         bases = parts.shared
         assert isinstance(bases, RandLoRABases)
         rank = bases.A.shape[0]

@@ -200,3 +200,13 @@ def whole_layers(parts: AdapterParts, *kinds: Kind, groups: bool = False) -> boo
         and (groups or entry.site.groups == 1)
         for entry in parts.entries
     )
+
+
+def held_by_layers(parts: AdapterParts, **names: str) -> dict[str, dict[str, Tensor]]:
+    """Return parameters of every site by layer, `names` telling ours by PEFT's name."""
+    return {
+        entry.site.module: {
+            theirs: entry.delta.get_parameter(ours) for theirs, ours in names.items()
+        }
+        for entry in parts.entries
+    }

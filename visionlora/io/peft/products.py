@@ -17,6 +17,7 @@ from visionlora.io.peft.mapping import (
     Source,
     Translation,
     Written,
+    held_by_layers,
     register,
     whole_layers,
 )
@@ -96,10 +97,7 @@ class MiSSMapping(Mapping):
         if not whole_layers(parts, "linear") or len(configs) != 1:
             return None
         rank, variant, mini = configs.pop()
-        layers = {}
-        for entry in parts.entries:
-            assert isinstance(entry.delta, MiSS)
-            layers[entry.site.module] = {"miss_block": entry.delta.D}
+        layers = held_by_layers(parts, miss_block="D")
         config = {
             "peft_type": "MISS",
             "r": rank,
