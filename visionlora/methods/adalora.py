@@ -136,15 +136,8 @@ class AdaLoRA(Delta):
 class AdaLoRAController(Controller):
     """Scores the triples of all sites in every step and masks those beyond the budget."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        adapter: str,
-        method: str,
-        optimizer: torch.optim.Optimizer,
-        steps: int,
-    ) -> None:
-        super().__init__(model, adapter, method, optimizer, steps)
+    def begin(self) -> None:
+        """Read the budget and refuse one that ranks would have to be added for."""
         config = self.places[0].delta.config
         assert isinstance(config, AdaLoRAConfig)
         self.config: AdaLoRAConfig = config
@@ -155,8 +148,8 @@ class AdaLoRAController(Controller):
                 f"adalora: the target of {config.target:g} ranks a site is larger than the "
                 f"{self.start / len(self.places):g} that training begins with"
             )
-        self.first = int(config.warmup * steps)
-        self.last = min(steps - int(config.final * steps), steps - 1)
+        self.first = int(config.warmup * self.steps)
+        self.last = min(self.steps - int(config.final * self.steps), self.steps - 1)
         self.importance = Importance(config.beta1, config.beta2)
         self.masks: dict[str, Tensor] = {}
         """Masked ranks of every site since the last choice."""

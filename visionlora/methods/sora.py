@@ -148,22 +148,15 @@ def shrink(gate: Tensor, xi: float, legacy: bool = False) -> Tensor:
 class SoRAController(Controller):
     """Keeps the gates apart in the optimiser, penalises them, and shrinks them after every step."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        adapter: str,
-        method: str,
-        optimizer: torch.optim.Optimizer,
-        steps: int,
-    ) -> None:
-        super().__init__(model, adapter, method, optimizer, steps)
+    def begin(self) -> None:
+        """Read the stages and take weight decay off the gates."""
         config = self.places[0].delta.config
         assert isinstance(config, SoRAConfig)
         self.config: SoRAConfig = config
         self.values = self.config.thresholds()
         self.history: list[dict[str, float]] = []
         """Step, xi, loss and number of open gates at the end of every stage."""
-        move(optimizer, self.gates, weight_decay=0.0)
+        move(self.optimizer, self.gates, weight_decay=0.0)
 
     @property
     def gates(self) -> list[nn.Parameter]:

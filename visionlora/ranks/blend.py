@@ -3,9 +3,6 @@
 from dataclasses import replace
 from typing import Any
 
-import torch
-from torch import nn
-
 from visionlora.dynamics.base import StepContext
 from visionlora.ranks.controller import Controller
 
@@ -16,15 +13,8 @@ class BlendSchedule(Controller):
     The share is part of every site's configuration, so checkpoints and files have it.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        adapter: str,
-        method: str,
-        optimizer: torch.optim.Optimizer,
-        steps: int,
-    ) -> None:
-        super().__init__(model, adapter, method, optimizer, steps)
+    def begin(self) -> None:
+        """Remember the share of the beginning."""
         self.start = float(self._config.blend_weight)
 
     @property

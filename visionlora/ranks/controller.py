@@ -44,6 +44,10 @@ class Controller(Dynamics):
         self.steps = steps
         self.adapter, self.method = adapter, method
         self.places: list[Place] = self.find()
+        self.begin()
+
+    def begin(self) -> None:
+        """Set what a run starts with, once all of the above is known."""
 
     def find(self) -> list[Place]:
         """Return the places that are controlled, as they are now, in module order."""
@@ -61,15 +65,8 @@ class Controller(Dynamics):
 class Penalties(Controller):
     """Adds the penalties that Deltas and Shared modules declare."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        adapter: str,
-        method: str,
-        optimizer: torch.optim.Optimizer,
-        steps: int,
-    ) -> None:
-        super().__init__(model, adapter, method, optimizer, steps)
+    def begin(self) -> None:
+        """Take a name of its own beside the controller of the same method."""
         self.name = f"penalties:{self.name}"
 
     def penalty(self, context: StepContext) -> Tensor | None:

@@ -19,33 +19,26 @@ from visionlora.ranks.watch import Watched
 class GrowthController(Controller):
     """Measures the importance of every site and lets the best ones grow."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        adapter: str,
-        method: str,
-        optimizer: torch.optim.Optimizer,
-        steps: int,
-    ) -> None:
-        super().__init__(model, adapter, method, optimizer, steps)
+    def begin(self) -> None:
+        """Plan the rounds and refuse those that do not fit."""
         config = self.config = _config(self.places[0])
         limit = sum(place.site.max_rank for place in self.places)
         self.goal = min(round(config.target * len(self.places)), limit)
         missing = self.goal - self.total
         if missing < 0:
             raise ConfigError(
-                f"{method}: the target of {config.target:g} ranks a site is smaller than the "
+                f"{self.method}: the target of {config.target:g} ranks a site is smaller than the "
                 f"{self.total / len(self.places):g} that training begins with"
             )
-        first = int(config.warmup * steps)
+        first = int(config.warmup * self.steps)
         rounds = math.ceil(missing / (config.add * min(config.top, len(self.places))))
-        span = int(config.end * steps) - first
+        span = int(config.end * self.steps) - first
         self.interval: int = config.interval or max(1, span // max(1, rounds))
-        if first + rounds * self.interval > steps:
+        if first + rounds * self.interval > self.steps:
             raise ConfigError(
-                f"{method}: {rounds} rounds of growth every {self.interval} steps after {first} "
-                f"do not fit into {steps} steps; let more sites grow at once (top, add) or train "
-                "longer"
+                f"{self.method}: {rounds} rounds of growth every {self.interval} steps after "
+                f"{first} do not fit into {self.steps} steps; let more sites grow at once (top, "
+                "add) or train longer"
             )
         self.next = first + self.interval
         """Number of steps after which the sites grow next."""

@@ -5,7 +5,6 @@ import math
 from typing import Any
 
 import torch
-from torch import nn
 
 from visionlora.dynamics.base import StepContext
 from visionlora.ranks.controller import Controller
@@ -34,15 +33,8 @@ def halvings(start: int, target: int, steps: int) -> list[tuple[int, int]]:
 class InSqueeze(Controller):
     """Compresses the pairs of one adapter at the steps of the schedule."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        adapter: str,
-        method: str,
-        optimizer: torch.optim.Optimizer,
-        steps: int,
-    ) -> None:
-        super().__init__(model, adapter, method, optimizer, steps)
+    def begin(self) -> None:
+        """Remember the rank that every site begins with."""
         self.begun = {place.name: self._rank(place) for place in self.places}
 
     def on_step_end(self, context: StepContext) -> None:

@@ -18,21 +18,14 @@ _DECAY, _BETAS = 1e-3, (0.5, 0.999)
 class SearchController(Controller):
     """Alternates factors and logits, then discretises."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        adapter: str,
-        method: str,
-        optimizer: torch.optim.Optimizer,
-        steps: int,
-    ) -> None:
-        super().__init__(model, adapter, method, optimizer, steps)
+    def begin(self) -> None:
+        """Give the choice an optimiser group of its own."""
         self.config = _config(self.places[0])
-        self.first = int(self.config.warmup * steps)
-        self.last = int(self.config.search * steps)
+        self.first = int(self.config.warmup * self.steps)
+        self.last = int(self.config.search * self.steps)
         if self.searching and self.logits:
             (group, *_) = move(
-                optimizer, self.logits, lr=self.config.search_lr, weight_decay=_DECAY
+                self.optimizer, self.logits, lr=self.config.search_lr, weight_decay=_DECAY
             )
             if "betas" in group:
                 group["betas"] = _BETAS
