@@ -74,6 +74,14 @@ def test_a_skipped_last_choice_is_made_in_the_next_step(problem):
     assert open_ranks(controller) == 6
 
 
+def test_a_choice_after_skipped_steps_measures_first(problem):
+    model, controller, stepper = setup(problem, final=0.97, warmup=0.0)
+    for step in range(controller.last + 2):
+        bad = float("nan") if step < controller.last else 1.0
+        stepper.step([problem.batches(step)], lambda batch: bad * problem.loss(model, batch))  # noqa: B023
+    assert open_ranks(controller) == 6
+
+
 def test_without_a_final_part_the_last_step_still_reaches_the_target(problem):
     model, controller, stepper = setup(problem, final=0.0, interval=7)
     for step in range(STEPS):

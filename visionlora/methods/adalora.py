@@ -184,7 +184,7 @@ class AdaLoRAController(Controller):
     @torch.no_grad()
     def on_grads_ready(self, context: StepContext) -> None:
         """Update the importance of every entry, and choose if it is time."""
-        if context.step < self.last:
+        if context.step < self.last or not self.importance.measured:
             for place in self.places:
                 self.importance.update(place.name, dict(place.delta.named_parameters()))
         self._chosen = self.due(context.step)

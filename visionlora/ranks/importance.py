@@ -34,6 +34,11 @@ class Importance:
         spread = self.beta2 * spread + (1 - self.beta2) * (sensitivity - mean).abs()
         self._smooth[owner][name] = (mean, spread)
 
+    @property
+    def measured(self) -> bool:
+        """Whether any sensitivity was added."""
+        return bool(self._smooth)
+
     def score(self, owner: str, name: str) -> Tensor:
         """Return `I' U'`."""
         mean, spread = self._smooth[owner][name]
