@@ -84,7 +84,9 @@ def test_a_name_is_taken_once():
     vl.inject(model, "lora", targets="head", rank=2, name="other")
 
 
-@pytest.mark.parametrize("name", ["", "a.b", "a b", "-", "keys", "forward", "training", "type"])
+@pytest.mark.parametrize(
+    "name", ["", "a.b", "a b", "-", "keys", "forward", "training", "type", None, 3]
+)
 def test_an_adapter_name_that_cannot_be_one_is_refused_before_anything_changes(name):
     torch.manual_seed(1)
     model = Model()

@@ -45,7 +45,7 @@ def prepare_adapter(
     """Build an adapter for an explicit list of sites without touching the model (see `inject`)."""
     if mode not in get_args(Mode):
         raise ConfigError(f"mode must be one of {', '.join(get_args(Mode))}, got {mode!r}")
-    if not re.fullmatch(r"\w[\w-]*", name):
+    if not isinstance(name, str) or not re.fullmatch(r"\w[\w-]*", name):
         raise ConfigError(f"adapter name {name!r} must consist of letters, digits, '_' and '-'")
     if hasattr(nn.ModuleDict(), name):
         raise ConfigError(f"adapter name {name!r} is taken by torch; choose another")

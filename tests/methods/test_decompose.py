@@ -96,3 +96,10 @@ def test_a_weight_with_nan_is_refused():
     for decompose in (lambda: truncated_svd(W, 2, "head.weight"), lambda: ldu(W, "head.weight")):
         with pytest.raises(ConfigError, match=r"head\.weight holds NaN"):
             decompose()
+
+
+def test_a_weight_without_values_is_refused():
+    W = torch.empty(3, 3, device="meta")
+    for decompose in (lambda: truncated_svd(W, 2, "head.weight"), lambda: ldu(W, "head.weight")):
+        with pytest.raises(ConfigError, match=r"head\.weight has no values yet"):
+            decompose()

@@ -390,6 +390,7 @@ def test_flags_types_and_other_adapters_stay():
         ({"rank": 1.5}, "rank must be"),
         ({"energy": 0.0}, "energy must lie"),
         ({"energy": 1.5}, "energy must lie"),
+        ({"energy": "most"}, "energy must lie"),
         ({"rank": 2, "keep": "both"}, "keep must be"),
     ],
 )
@@ -440,6 +441,10 @@ def test_what_cannot_be_combined_is_refused():
         combine(model, ["a", "b"], rank=2)
     with pytest.raises(ConfigError, match="weights"):
         combine(model, ["a", "b"], weights=[1.0], rank=2)
+    with pytest.raises(ConfigError, match="finite numbers"):
+        combine(model, ["a", "b"], weights=[1.0, float("nan")], rank=2)
+    with pytest.raises(ConfigError, match=r"at least two adapters, got \['a'\]"):
+        combine(model, "a", rank=2)
 
 
 def test_half_precision_factors_are_compressed_in_full_precision():

@@ -53,8 +53,9 @@ class Request:
             value = getattr(self, key)
             if value is not None and (type(value) is not int or value < 1):
                 raise ConfigError(f"{key} must be a whole number of at least 1, got {value!r}")
-        if self.energy is not None and not 0.0 < self.energy <= 1.0:
-            raise ConfigError(f"energy must lie in (0, 1], got {self.energy!r}")
+        energy = 1.0 if self.energy is None else self.energy
+        if not isinstance(energy, int | float) or not 0.0 < energy <= 1.0:
+            raise ConfigError(f"energy must lie in (0, 1], got {energy!r}")
 
     def spectrum(self, site: str, up: Tensor, down: Tensor, size: float) -> Spectrum:
         """Return the triples of a pair, as many as the request needs."""

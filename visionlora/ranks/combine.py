@@ -7,6 +7,7 @@ adapter counts with the strength that `set_scale` gave it. Methods without a fac
 changes do not add up) are refused.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -55,11 +56,14 @@ def combine(
     """
     request = Request(rank, energy, budget)
     refuse_merged(model, "combine")
-    names = [find_adapter(adapter_names(model), name) for name in dict.fromkeys(names)]
+    wanted = [names] if isinstance(names, str) else list(dict.fromkeys(names))
+    names = [find_adapter(adapter_names(model), name) for name in wanted]
     if len(names) < 2:
         raise ConfigError(f"combine: give at least two adapters, got {names}")
     if weights is not None and len(weights) != len(names):
         raise ConfigError(f"combine: {len(names)} adapters need as many weights, got {weights}")
+    if not all(isinstance(item, int | float) and math.isfinite(item) for item in weights or ()):
+        raise ConfigError(f"combine: weights must be finite numbers, got {weights}")
     sites: dict[str, Site] = {}
     pairs: dict[str, list[tuple[Tensor, Tensor]]] = {}
     for name, weight in zip(names, weights or [1.0] * len(names), strict=True):

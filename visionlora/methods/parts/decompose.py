@@ -106,6 +106,8 @@ def _leading(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _exact(weight: Tensor, where: str) -> Tensor:
+    if weight.is_meta:
+        raise ConfigError(f"the weight of {where} has no values yet (meta device): load them first")
     matrix = weight.detach().to("cpu", torch.float64)
     if not bool(torch.isfinite(matrix).all()):
         raise ConfigError(f"the weight of {where} holds NaN or infinity: it has no decomposition")
