@@ -71,8 +71,10 @@ def _example(config: AdapterConfig) -> Delta | None:
 def _as_lora(config: AdapterConfig) -> str:
     """Say what `export(format="lora")` gives."""
     delta = _example(config)
-    if delta is None or delta.bias_change() is not None:
-        return "no (biases or norms)"
+    if delta is None:
+        return "no (norms)"
+    if delta.bias_change() is not None:
+        return "exact (biases)"
     if not delta.mergeable:
         return "after freezing the routing"
     return "best of a rank" if delta.factors() is None else "exact"

@@ -331,3 +331,8 @@ def test_arguments_of_another_kind_are_refused_in_one_line(verb, said):
         verb(model)
     assert "\n" not in str(caught.value)
     assert type(model.first) is nn.Linear
+
+
+def test_what_is_no_module_is_refused():
+    with pytest.raises(ConfigError, match=r"model must be a torch\.nn\.Module, got int"):
+        vl.inject(3, "lora")

@@ -56,6 +56,8 @@ def inject(
         TargetError: a pattern that matches nothing or something unsupported.
         AdapterStateError: the name is taken, or the model is merged.
     """
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     config = _as_config(method, options)
     matches = find_targets(model, targets, exclude, config.kinds)
     sites = [describe(match.name, match.module, key) for match in matches for key in match.keys]

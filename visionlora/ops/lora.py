@@ -95,6 +95,11 @@ def _apply(
 ) -> Tensor:
     layout = tuple((branch.scale, branch.rows) for branch in branches)
     factors = [tensor for branch in branches for tensor in (branch.up, branch.down)]
+    if torch.compiler.is_compiling():  # the compiler takes no tensor twice; slices may share one
+        factors = [
+            item.view_as(item) if any(item is other for other in factors[:index]) else item
+            for index, item in enumerate(factors)
+        ]
     x2 = x.reshape(-1, x.shape[-1])
     z2 = None if z is None else z.reshape(-1, z.shape[-1])
     merged = _merged(branches, weight, x2.shape[0]) if z is None else ""
