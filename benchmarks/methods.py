@@ -50,19 +50,20 @@ def main(argv: list[str] | None = None) -> None:
 
 def test(names: list[str], options: argparse.Namespace) -> None:
     """Measure test accuracy over the seeds, trained scalars, and bytes of the adapter file."""
-    base = FewshotConfig(seed=options.seed, steps=options.steps, checkpoint_every=0)
+    seeds = options.seed or [1, 2, 3]
+    base = FewshotConfig(seed=seeds, steps=options.steps, checkpoint_every=0)
     experiment = prepare(base)
     zero = experiment.figures(experiment.score())["accuracy"]
 
     def measure(name: str) -> dict[str, Any]:
-        runs = [train(experiment, name, None, seed) for seed in options.seed]
+        runs = [train(experiment, name, None, seed) for seed in seeds]
         accuracies = [run["accuracy"] for run in runs]
         return {
             "method": name,
             "zero_shot": round(zero, 2),
             "accuracy": round(statistics.mean(accuracies), 2),
             "std": round(statistics.stdev(accuracies), 2) if len(accuracies) > 1 else None,
-            "seeds": options.seed,
+            "seeds": seeds,
             "steps": options.steps,
             "lr": runs[0]["lr"],
             "parameters": runs[0]["trainable_parameters"],
@@ -75,7 +76,8 @@ def test(names: list[str], options: argparse.Namespace) -> None:
 def choose(names: list[str], options: argparse.Namespace) -> None:
     """Climb over learning rates on validation images, and store the multiple of the recipe's."""
     lr = PRESETS["tiny"].lr
-    base = FewshotConfig(seed=[1], steps=options.steps, checkpoint_every=0, test_on="val", lr=lr)
+    seeds = options.seed or [1]
+    base = FewshotConfig(seed=seeds, steps=options.steps, checkpoint_every=0, test_on="val", lr=lr)
     experiment = prepare(base)
     stored: dict[str, float] = json.loads(RATES.read_text(encoding="utf-8"))
 
@@ -85,8 +87,8 @@ def choose(names: list[str], options: argparse.Namespace) -> None:
         def accuracy(step: int) -> float:
             if step not in found:
                 try:
-                    run = train(experiment, name, lr * FACTOR**step, 1)
-                    found[step] = run["accuracy"]
+                    runs = [train(experiment, name, lr * FACTOR**step, seed) for seed in seeds]
+                    found[step] = statistics.mean(run["accuracy"] for run in runs)
                 except VisionLoraError:  # diverged
                     found[step] = 0.0
             return found[step]
@@ -98,9 +100,10 @@ def choose(names: list[str], options: argparse.Namespace) -> None:
                 break
             best = around
         tried = {f"{lr * FACTOR**step:.2g}": found[step] for step in sorted(found)}
-        # One seed is noisy: of rates within a point of the best, the smallest is safest.
+        # A seed or two are noisy: of rates within a point of the best, the smallest is safest.
         gentle = min(step for step, value in found.items() if value >= found[best] - 1.0)
-        return {"method": name, "rate": round(FACTOR**gentle, 4), "validation": tried}
+        rate = round(FACTOR**gentle, 4)
+        return {"method": name, "rate": rate, "seeds": seeds, "validation": tried}
 
     path = options.json or RESULTS / "rates.jsonl"
     each(names, path, measure)
@@ -151,7 +154,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--choose", action="store_true", help="choose learning rates instead")
     parser.add_argument("--methods", nargs="+", metavar="NAME", help="default: all registered")
-    parser.add_argument("--seed", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--seed", type=int, nargs="+", help="1 2 3, to choose a rate 1")
     parser.add_argument("--steps", type=int, default=100, help="optimiser steps of a run (100)")
     parser.add_argument("--json", type=Path, help="where the lines go")
     options = parser.parse_args(argv)

@@ -77,7 +77,6 @@ class LoLDU(Delta):
     """Trained pivots between frozen triangles."""
 
     groups: ClassVar[Mapping[str, Group]] = {"z": Group(decay=False), "s": Group(decay=False)}
-    frozen_factor = "down"
     L: Tensor
     d: Tensor
     U: Tensor
@@ -86,6 +85,8 @@ class LoLDU(Delta):
         super().__init__(config, site, shared)
         self.options = config
         self.where = site.name or "the layer"
+        # The diagonal goes to the factor on the smaller side of the weight.
+        self.frozen_factor = "down" if site.in_features > site.out_features else "up"
         rank = config.rank or site.max_rank
         self.initial_scale = 1.0 if config.alpha is None else config.alpha / rank
         self.z = nn.Parameter(torch.empty(rank))
@@ -143,9 +144,12 @@ class LoLDU(Delta):
                 return torch.zeros(shape)
 
     def factors(self) -> tuple[Float[Tensor, "out rank"], Float[Tensor, "rank in"]]:
-        """Return `((P L) diag(s z - s_0 d), U)`."""
+        """Return P L and U, one of them times diag(s z - s_0 d)."""
         s = self.s if self.options.train_scale else self.initial_scale
-        return self.L * (s * self.z - self.initial_scale * self.d), self.U
+        diagonal = s * self.z - self.initial_scale * self.d
+        if self.frozen_factor == "down":
+            return self.L * diagonal, self.U
+        return self.L, diagonal[:, None] * self.U
 
     def frozen(self) -> dict[str, Tensor]:
         """The decomposition of the weight."""
