@@ -30,8 +30,14 @@ class AdapterConfig:
     """Seed of every random tensor of the adapter; combined with the site's name."""
 
     def __post_init__(self) -> None:
-        """Check the types of all fields."""
+        """Check the types of all fields, and the ranges of those that many methods have."""
         check_fields(self)
+        rank, dropout = getattr(self, "rank", None), getattr(self, "dropout", 0.0)
+        if rank is not None and rank < 1:
+            optional = " or None" if getattr(type(self), "rank", 1) is None else ""
+            raise ConfigError(f"{self.method}: rank must be at least 1{optional}, got {rank}")
+        if not 0.0 <= dropout < 1.0:
+            raise ConfigError(f"{self.method}: dropout must lie in [0, 1), got {dropout}")
 
     def check_kind(self, site: Site) -> None:
         """Refuse a kind of layer that the method does not serve."""
@@ -71,14 +77,6 @@ class LowRankConfig(AdapterConfig):
     """`standard`: s = alpha / r. `rslora`: s = alpha / sqrt(r) (2023, arXiv 2312.03732)."""
     dropout: float = 0.0
     """Probability of dropping an input entry of the adapter branch while training."""
-
-    def __post_init__(self) -> None:
-        """Check types and ranges."""
-        super().__post_init__()
-        if self.rank < 1:
-            raise ConfigError(f"{self.method}: rank must be at least 1, got {self.rank}")
-        if not 0.0 <= self.dropout < 1.0:
-            raise ConfigError(f"{self.method}: dropout must lie in [0, 1), got {self.dropout}")
 
     @property
     def scale(self) -> float:

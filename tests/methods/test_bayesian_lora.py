@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import visionlora as vl
+from tests.mixed import INDEX, TARGETS, Net
 from tests.tolerances import assert_close
 from visionlora.dynamics import Stepper
 from visionlora.errors import AdapterFileError, AdapterStateError, ConfigError
@@ -130,27 +131,6 @@ def test_gates_are_decided_in_evaluation_and_still_have_a_gradient():
 
 
 # -- the method
-
-
-class Net(nn.Module):
-    """One layer of each kind that has a factor pair."""
-
-    def __init__(self):
-        super().__init__()
-        self.table = nn.Embedding(11, 8, padding_idx=2)
-        self.qkv = nn.Linear(8, 24)
-        self.attn = nn.MultiheadAttention(8, 2, batch_first=True)
-        self.conv = nn.Conv2d(4, 6, 3, groups=2, padding=1)
-
-    def forward(self, index):
-        x = self.table(index)
-        q, k, v = self.qkv(x).chunk(3, -1)
-        x = self.attn(q, k, v, need_weights=False)[0]
-        return self.conv(x.reshape(len(x), 4, -1, 2))
-
-
-TARGETS = ["table", "qkv[q,v]", "attn[q,out]", "conv"]
-INDEX = torch.arange(12).remainder(11).reshape(2, 6)
 
 
 def plain():

@@ -17,6 +17,7 @@ from tests.contract.cases import (
     refused,
     snapshot,
 )
+from tests.mixed import INDEX, TARGETS, Net
 from tests.tolerances import assert_close
 from visionlora.errors import AdapterStateError, ConfigError
 from visionlora.ranks import allocation, factors
@@ -113,27 +114,6 @@ def test_stacked_pairs_are_the_sum():
 
 
 # -- the verb
-
-
-class Net(nn.Module):
-    """One layer of each kind, with a fused projection and an attention."""
-
-    def __init__(self):
-        super().__init__()
-        self.table = nn.Embedding(11, 8, padding_idx=2)
-        self.qkv = nn.Linear(8, 24)
-        self.attn = nn.MultiheadAttention(8, 2, batch_first=True)
-        self.conv = nn.Conv2d(4, 6, 3, groups=2, padding=1)
-
-    def forward(self, index):
-        x = self.table(index)
-        q, k, v = self.qkv(x).chunk(3, -1)
-        x = self.attn(q, k, v, need_weights=False)[0]
-        return self.conv(x.reshape(len(x), 4, -1, 2))
-
-
-TARGETS = ["table", "qkv[q,v]", "attn[q,out]", "conv"]
-INDEX = torch.arange(12).remainder(11).reshape(2, 6)
 
 
 def net(method="lora", targets=TARGETS, name="default", model=None, seed=0, **options):

@@ -71,8 +71,6 @@ class AdaLoRAConfig(AdapterConfig):
     def __post_init__(self) -> None:
         """Check types and ranges."""
         super().__post_init__()
-        if self.rank < 1:
-            raise ConfigError(f"adalora: rank must be at least 1, got {self.rank}")
         if self.target <= 0:
             raise ConfigError(f"adalora: target must be positive, got {self.target}")
         for name in ("dropout", "beta1", "beta2", "warmup", "final"):

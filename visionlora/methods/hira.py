@@ -20,8 +20,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from visionlora.config import AdapterConfig
-from visionlora.errors import ConfigError
+from visionlora.config import AdapterConfig, check_rank
 from visionlora.methods.base import Delta, Layer, Shared, reset_zero_pair
 from visionlora.registry import register
 from visionlora.sites import Site
@@ -36,19 +35,9 @@ class HiRAConfig(AdapterConfig):
     rank: int = 32
     """Inner dimension r of the factor pair."""
 
-    def __post_init__(self) -> None:
-        """Check types and ranges."""
-        super().__post_init__()
-        if self.rank < 1:
-            raise ConfigError(f"hira: rank must be at least 1, got {self.rank}")
-
     def check_site(self, site: Site) -> None:
         """Refuse a rank that the factor pair cannot have."""
-        if self.rank > site.max_rank:
-            raise ConfigError(
-                f"hira: rank {self.rank} is larger than {site.name or 'the layer'} allows: its "
-                f"view is {site.out_features} x {site.in_features}, so at most {site.max_rank}"
-            )
+        check_rank(self.method, self.rank, site)
 
 
 class HiRA(Delta):

@@ -51,8 +51,6 @@ class LoKrConfig(AdapterConfig):
     def __post_init__(self) -> None:
         """Check types and ranges."""
         super().__post_init__()
-        if self.rank < 1:
-            raise ConfigError(f"lokr: rank must be at least 1, got {self.rank}")
         if self.factor is not None and self.factor < 1:
             raise ConfigError(f"lokr: factor must be at least 1 or None, got {self.factor}")
 

@@ -61,12 +61,8 @@ class LoLDUConfig(AdapterConfig):
     def __post_init__(self) -> None:
         """Check types and ranges."""
         super().__post_init__()
-        if self.rank is not None and self.rank < 1:
-            raise ConfigError(f"loldu: rank must be at least 1 or None, got {self.rank}")
         if self.alpha == 0:
             raise ConfigError("loldu: alpha must not be 0, or z is not trained")
-        if not 0.0 <= self.dropout < 1.0:
-            raise ConfigError(f"loldu: dropout must lie in [0, 1), got {self.dropout}")
 
     def check_site(self, site: Site) -> None:
         """Refuse more pivots than the site has."""

@@ -53,8 +53,6 @@ class MiSSConfig(AdapterConfig):
         for name in ("rank", "mini_rank"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"miss: {name} must be at least 1, got {getattr(self, name)}")
-        if not 0.0 <= self.dropout < 1.0:
-            raise ConfigError(f"miss: dropout must lie in [0, 1), got {self.dropout}")
         if self.variant == "bat" and self.dropout:
             raise ConfigError(f"miss: variant 'bat' has no dropout, got {self.dropout}")
 

@@ -36,8 +36,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from visionlora.config import AdapterConfig
-from visionlora.errors import ConfigError
+from visionlora.config import AdapterConfig, check_rank
 from visionlora.methods.base import Delta, Shared, uniform
 from visionlora.registry import register, register_preset
 from visionlora.sites import Site, named_generator
@@ -64,14 +63,6 @@ class RandLoRAConfig(AdapterConfig):
     dropout: float = 0.0
     """Dropout of the branch input while training."""
 
-    def __post_init__(self) -> None:
-        """Check types and ranges."""
-        super().__post_init__()
-        if self.rank < 1:
-            raise ConfigError(f"rand-lora: rank must be at least 1, got {self.rank}")
-        if not 0.0 <= self.dropout < 1.0:
-            raise ConfigError(f"rand-lora: dropout must lie in [0, 1), got {self.dropout}")
-
     @property
     def scale(self) -> float:
         """The factor s in front of the sum."""
@@ -85,11 +76,7 @@ class RandLoRAConfig(AdapterConfig):
 
     def check_site(self, site: Site) -> None:
         """Refuse a basis with more rows than the site has on its small side."""
-        if self.rank > site.max_rank:
-            raise ConfigError(
-                f"rand-lora: rank {self.rank} is larger than {site.name or 'the layer'} allows: "
-                f"its view is {site.out_features} x {site.in_features}, so at most {site.max_rank}"
-            )
+        check_rank(self.method, self.rank, site)
 
 
 class RandLoRABases(Shared):

@@ -63,8 +63,6 @@ class TinyLoRAConfig(AdapterConfig):
             raise ConfigError(
                 f"tiny-lora: weight_tying must lie in [0, 1], got {self.weight_tying}"
             )
-        if not 0.0 <= self.dropout < 1.0:
-            raise ConfigError(f"tiny-lora: dropout must lie in [0, 1), got {self.dropout}")
 
     def check_site(self, site: Site) -> None:
         """Refuse a rank that the site cannot have."""

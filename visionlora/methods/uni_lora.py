@@ -54,14 +54,10 @@ class UniLoRAConfig(AdapterConfig):
     def __post_init__(self) -> None:
         """Check types and ranges."""
         super().__post_init__()
-        if self.rank < 1:
-            raise ConfigError(f"uni-lora: rank must be at least 1, got {self.rank}")
         if self.length is not None and self.length < 1:
             raise ConfigError(f"uni-lora: length must be at least 1, got {self.length}")
         if not self.bound > 0:
             raise ConfigError(f"uni-lora: bound must be positive, got {self.bound}")
-        if not 0.0 <= self.dropout < 1.0:
-            raise ConfigError(f"uni-lora: dropout must lie in [0, 1), got {self.dropout}")
 
     def check_site(self, site: Site) -> None:
         """Refuse a rank that the site cannot have."""

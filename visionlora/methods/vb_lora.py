@@ -59,8 +59,6 @@ class VBLoRAConfig(AdapterConfig):
             raise ConfigError(
                 f"vb-lora: top_k must be at most the bank's {self.bank} vectors, got {self.top_k}"
             )
-        if not 0.0 <= self.dropout < 1.0:
-            raise ConfigError(f"vb-lora: dropout must lie in [0, 1), got {self.dropout}")
 
     def check_site(self, site: Site) -> None:
         """Refuse a site that cannot be cut into blocks or cannot have the rank."""

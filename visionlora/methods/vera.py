@@ -18,7 +18,6 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from visionlora.config import AdapterConfig
-from visionlora.errors import ConfigError
 from visionlora.methods.base import Delta, Shared, uniform
 from visionlora.registry import register
 from visionlora.sites import Site, named_generator
@@ -36,14 +35,6 @@ class VeRAConfig(AdapterConfig):
     """Initial value of d."""
     dropout: float = 0.0
     """Dropout of the branch input while training."""
-
-    def __post_init__(self) -> None:
-        """Check types and ranges."""
-        super().__post_init__()
-        if self.rank < 1:
-            raise ConfigError(f"vera: rank must be at least 1, got {self.rank}")
-        if not 0.0 <= self.dropout < 1.0:
-            raise ConfigError(f"vera: dropout must lie in [0, 1), got {self.dropout}")
 
     def meaning(self) -> dict[str, Any]:
         """Leave out the initial value."""
