@@ -12,7 +12,8 @@ import pytest
 import torch
 
 import visionlora as vl
-from tests.contract.cases import DEFAULTS, KINDS, adapted, gradients, refused
+from tests.contract.cases import DEFAULTS, adapted, gradients, refused
+from tests.contract.kinds import KINDS
 from tests.tolerances import assert_close
 
 CASES = [

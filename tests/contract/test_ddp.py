@@ -6,7 +6,8 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 import visionlora as vl
-from tests.contract.cases import DEFAULTS, KINDS, adapted, gradients, pairs
+from tests.contract.cases import DEFAULTS, adapted, gradients, pairs
+from tests.contract.kinds import KINDS
 
 TWO = [kind for kind in KINDS if kind.name in ("qkv-slices", "conv-strided", "layer-norm")]
 

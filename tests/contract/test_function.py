@@ -10,8 +10,6 @@ from tests.contract.cases import (
     CONFIGS,
     DEFAULT_MATRICES,
     DEFAULTS,
-    FEW,
-    KINDS,
     MATRICES,
     adapted,
     assert_unchanged,
@@ -29,6 +27,7 @@ from tests.contract.cases import (
     snapshot,
     without_noise,
 )
+from tests.contract.kinds import FEW, KINDS
 from tests.tolerances import assert_close
 from visionlora.errors import AdapterStateError, ConfigError, TargetError
 

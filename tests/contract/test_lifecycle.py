@@ -12,8 +12,6 @@ from tests.contract.cases import (
     CONFIGS,
     DEFAULT_MATRICES,
     DEFAULTS,
-    FEW,
-    KINDS,
     adapted,
     assert_unchanged,
     clone,
@@ -25,6 +23,7 @@ from tests.contract.cases import (
     randomise,
     snapshot,
 )
+from tests.contract.kinds import FEW, KINDS
 from tests.tolerances import assert_close
 from visionlora.errors import AdapterFileError
 

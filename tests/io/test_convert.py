@@ -7,7 +7,8 @@ import torch
 from safetensors.torch import save_file
 
 import visionlora as vl
-from tests.contract.cases import DEFAULT_MATRICES, DEFAULTS, KINDS, adapted, is_routed, pairs
+from tests.contract.cases import DEFAULT_MATRICES, DEFAULTS, adapted, is_routed, pairs
+from tests.contract.kinds import KINDS
 from tests.tolerances import assert_close
 from visionlora.errors import AdapterFileError, AdapterStateError, OutputError
 from visionlora.io.peft.mapping import mapping_of

@@ -5,7 +5,8 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import visionlora as vl
-from tests.contract.cases import KINDS, definition, randomise
+from tests.contract.cases import definition, randomise
+from tests.contract.kinds import KINDS
 from tests.ranks.planted import Problem, ranks
 from tests.tolerances import assert_close
 from visionlora.dynamics import Dynamics, PlainBackend, Stepper

@@ -8,7 +8,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import visionlora as vl
-from tests.contract.cases import FEW, gradients
+from tests.contract.cases import gradients
+from tests.contract.kinds import FEW
 from tests.tolerances import assert_close
 from visionlora.errors import AdapterStateError, ConfigError
 from visionlora.freeze import freeze_routing

@@ -233,8 +233,11 @@ def test_values_of_another_init_are_refused(there, here, tmp_path):
 
 
 def test_inits_of_one_function_are_exchangeable(tmp_path):
-    path = vl.save(adapted_chain("lorat", (8, 8), rank=3), tmp_path / "a.safetensors")
-    vl.load(adapted_chain("lora", (8, 8), rank=3), path)
+    there, here = adapted_chain("lorat", (8, 8), rank=3), adapted_chain("lora", (8, 8), rank=3)
+    x = torch.randn(4, 8, dtype=next(there.parameters()).dtype)
+    assert not torch.equal(here(x), there(x))
+    vl.load(here, vl.save(there, tmp_path / "a.safetensors"))
+    assert torch.equal(here(x), there(x))
 
 
 # -- refusals

@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 import visionlora as vl
-from tests.contract.cases import KINDS, randomise
+from tests.contract.cases import randomise
+from tests.contract.kinds import KINDS
 from tests.ranks.cases import METHODS
 from tests.tolerances import assert_close
 from visionlora.dynamics import Dynamics, StepContext, Stepper

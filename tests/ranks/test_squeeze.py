@@ -9,7 +9,6 @@ from torch import nn
 import visionlora as vl
 from tests.contract.cases import (
     DEFAULTS,
-    KINDS,
     WIDTH,
     adapted,
     assert_unchanged,
@@ -17,6 +16,7 @@ from tests.contract.cases import (
     refused,
     snapshot,
 )
+from tests.contract.kinds import KINDS
 from tests.mixed import INDEX, TARGETS, Net
 from tests.tolerances import assert_close
 from visionlora.errors import AdapterStateError, ConfigError
