@@ -8,6 +8,7 @@ from torch import nn
 
 import visionlora as vl
 from tests.tolerances import assert_close
+from visionlora.hosts.linear import adapted_linear
 
 E, HEADS, B, L, S = 8, 2, 3, 4, 5
 INF = float("-inf")
@@ -181,3 +182,12 @@ def test_a_padded_batch_equals_its_parts():
     together = host(x, x, x, key_padding_mask=padding, need_weights=False)[0]
     alone = host(x[1:, :2], x[1:, :2], x[1:, :2], need_weights=False)[0]
     assert_close(together[1:, :2], alone)
+
+
+def test_a_projection_without_an_adapter_stays_a_plain_product():
+    weight = torch.randn(4, 4)
+    x = torch.randn(50, 4, requires_grad=True)
+    y = adapted_linear(x, weight, None, (), training=True)
+    assert torch.equal(y, torch.nn.functional.linear(x, weight))
+    plain = torch.nn.functional.linear(x, weight)
+    assert type(y.grad_fn) is type(plain.grad_fn)

@@ -82,6 +82,8 @@ def adapted_linear(
     mode: Mode = "auto",
 ) -> Tensor:
     """Return `x W^T + b` plus the changes in `slots`, whose rows refer to `weight`."""
+    if not slots:  # a projection of an attention that has adapters elsewhere
+        return F.linear(x, weight, bias)
     bias = with_bias_changes(bias, slots)
     tokens = x.numel() // x.shape[-1]
     if mode == "auto" and _contracts(slots, weight, tokens, training):
