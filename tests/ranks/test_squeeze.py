@@ -7,16 +7,8 @@ import torch
 from torch import nn
 
 import visionlora as vl
-from tests.contract.cases import (
-    DEFAULTS,
-    WIDTH,
-    adapted,
-    assert_unchanged,
-    is_routed,
-    refused,
-    snapshot,
-)
-from tests.contract.kinds import KINDS
+from tests.contract.cases import DEFAULTS, adapted, assert_unchanged, is_routed, refused, snapshot
+from tests.contract.kinds import KINDS, WIDTH
 from tests.mixed import INDEX, TARGETS, Net
 from tests.tolerances import assert_close
 from visionlora.errors import AdapterStateError, ConfigError
