@@ -5,7 +5,7 @@ import torch
 
 from tests.tolerances import assert_close
 from visionlora.errors import ConfigError
-from visionlora.methods.parts.decompose import ldu, truncated_svd
+from visionlora.methods.parts.decompose import ldu, smallest_svd, truncated_svd
 
 SHAPES = pytest.mark.parametrize("shape", [(7, 12), (12, 7), (9, 9), (1, 5), (5, 1)])
 
@@ -26,6 +26,19 @@ def test_the_singular_vectors_are_orthonormal_and_give_the_best_approximation(sh
             assert_close(vectors, torch.eye(rank, dtype=torch.float64))
         error = (W - U * S @ V).square().sum()
         assert_close(error, full[rank:].square().sum())
+
+
+@SHAPES
+def test_the_smallest_triples_are_what_the_largest_leave(shape):
+    W = weight(shape)
+    for rank in range(1, min(shape)):
+        U, S, V = truncated_svd(W, min(shape) - rank, "x")
+        u, s, v = smallest_svd(W, rank, "x")
+        assert_close(u * s @ v, W - U * S @ V)
+        assert_close(s, torch.linalg.svdvals(W)[-rank:])
+        for vectors in (u.t() @ u, v @ v.t()):
+            assert_close(vectors, torch.eye(rank, dtype=torch.float64))
+        assert bool((u.gather(0, u.abs().argmax(0, keepdim=True)) > 0).all())
 
 
 @SHAPES

@@ -36,9 +36,28 @@ def truncated_svd(
         U, S, V = _leading(matrix, rank)
     else:
         V, S, U = _leading(matrix.t(), rank)
-    largest = U.gather(0, U.abs().argmax(0, keepdim=True))
-    signs = torch.where(largest < 0, -1.0, 1.0)
-    return U * signs, S, (V * signs).t()
+    return _fix_signs(U, S, V.t())
+
+
+@torch.no_grad()
+def smallest_svd(
+    weight: Float[Tensor, "out in"], rank: int, where: str
+) -> tuple[Float[Tensor, "out rank"], Float[Tensor, " rank"], Float[Tensor, "rank in"]]:
+    """Return `(U, S, V^T)` of the `rank` smallest singular values, in float64 on the CPU.
+
+    The largest of them comes first, the signs are fixed as in `truncated_svd`. A full SVD: in a Gram
+    matrix the small singular values would lose half of their digits.
+
+    Args:
+        weight: the frozen weight.
+        rank: number of singular values to keep.
+        where: name of the layer for messages.
+
+    Raises:
+        ConfigError: the weight holds NaN or infinity.
+    """
+    U, S, V = torch.linalg.svd(_exact(weight, where), full_matrices=False)
+    return _fix_signs(U[:, -rank:], S[-rank:], V[-rank:])
 
 
 @torch.no_grad()
@@ -103,6 +122,13 @@ def _leading(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     basis = torch.linalg.eigh(matrix.t() @ matrix).eigenvectors[:, -rank:]
     left, values, mix = torch.linalg.svd(matrix @ basis, full_matrices=False)
     return left, values, basis @ mix.t()
+
+
+def _fix_signs(U: Tensor, S: Tensor, V: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Make the entry of largest size in every column of U positive."""
+    largest = U.gather(0, U.abs().argmax(0, keepdim=True))
+    signs = torch.where(largest < 0, -1.0, 1.0)
+    return U * signs, S, V * signs.t()
 
 
 def _exact(weight: Tensor, where: str) -> Tensor:
