@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from visionlora.hosts.base import Slot, rows_of
 from visionlora.methods.base import Delta
-from visionlora.ops import Change, Frozen, multiply_adds
+from visionlora.ops import Change, Frozen, multiply_adds, scale_gradient
 
 
 def dense_change(slot: Slot) -> Change:
@@ -61,13 +61,16 @@ class _Bound(nn.Module):
         return cast(Delta, self.delta).delta(weight)
 
 
-def product(weight: Tensor, up: Tensor, down: Tensor, *, fold: int) -> Tensor:
-    """The dense change of a factor pair, without its scale.
+def product(
+    weight: Tensor, up: Tensor, down: Tensor, *, fold: int, gain: Tensor | None = None
+) -> Tensor:
+    """The dense change of a factor pair, without its scale, and with the gain of its gradient.
 
     A method that multiplies matrices to make one factor returns it in the type of autocast.
     """
     dtype = torch.promote_types(up.dtype, down.dtype)
-    return up.to(dtype) @ (down if fold == 1 else down.repeat(1, fold)).to(dtype)
+    change = up.to(dtype) @ (down if fold == 1 else down.repeat(1, fold)).to(dtype)
+    return change if gain is None else scale_gradient(change, gain[:, None])
 
 
 def with_bias_changes(bias: Tensor | None, slots: tuple[Slot, ...]) -> Tensor | None:

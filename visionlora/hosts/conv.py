@@ -85,6 +85,7 @@ class ConvHost(Host):
             cheap = factors is None or (
                 self.state.mode == "auto"
                 and not drops
+                and not slot.delta.gain_reaches_input
                 and dense_is_cheaper(
                     factors, rows_of(self.weight, slot.rows), positions, conv.groups
                 )

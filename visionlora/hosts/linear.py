@@ -28,6 +28,7 @@ from visionlora.ops import (
     changed_weight,
     dense_linear,
     lora_linear,
+    with_gain,
 )
 from visionlora.sites import Kind
 
@@ -105,14 +106,18 @@ def adapted_linear(
         elif mode == "dense" or (
             mode == "auto"
             and not drop
+            and not slot.delta.gain_reaches_input
             and dense_is_cheaper(
                 factors, rows_of(weight, slot.rows), tokens, frozen=slot.delta.frozen_factor
             )
         ):
-            changes.append(Change(partial(product, fold=slot.delta.fold), factors, *place_of(slot)))
+            build = partial(product, fold=slot.delta.fold, gain=slot.delta.gains(factors))
+            changes.append(Change(build, factors, *place_of(slot)))
         else:
-            branch = Branch(*factors, *place_of(slot), slot.delta.frozen_factor)
-            groups.setdefault((slot.delta.fold, drop), []).append(branch)
+            delta = slot.delta
+            gain = delta.gains(factors), delta.gain_reaches_input
+            branch = Branch(*factors, *place_of(slot), delta.frozen_factor, *gain)
+            groups.setdefault((delta.fold, drop), []).append(branch)
     if not groups:
         return dense_linear(x, weight, bias, changes) if changes else F.linear(x, weight, bias)
     if changes:
@@ -123,11 +128,18 @@ def adapted_linear(
     for key, more in others:
         z = _branch_input(x, *key)
         for branch in more:
-            h = F.linear(x if z is None else z, branch.down.to(y.dtype))
-            y = y + padded(
-                branch.scale * F.linear(h, branch.up.to(y.dtype)), branch.rows, y.shape[-1]
-            )
+            part = _thin(x if z is None else z, branch, y.dtype)
+            y = y + padded(branch.scale * part, branch.rows, y.shape[-1])
     return y
+
+
+def _thin(z: Tensor, branch: Branch, dtype: torch.dtype) -> Tensor:
+    """Return `z A^T B^T` in plain autograd."""
+
+    def change(z: Tensor, up: Tensor, down: Tensor) -> Tensor:
+        return F.linear(F.linear(z, down.to(dtype)), up.to(dtype))
+
+    return with_gain(change, z, branch.up, branch.down, branch.gain, branch.gain_to_input)
 
 
 def _contracts(slots: tuple[Slot, ...], weight: Tensor, tokens: int, training: bool) -> bool:
@@ -203,6 +215,12 @@ def output_change(base: Tensor, x: Tensor, slot: Slot, layer: Layer) -> Tensor:
     factors = slot.delta.factors()
     if factors is None:
         return layer.down(x, (slot.strength * slot.delta.delta(layer.weight)).to(base.dtype))
-    up, down = (factor.to(base.dtype) for factor in factors)
-    hidden = layer.down(layer.dropout(x, slot.delta.dropout), down.repeat(1, slot.delta.fold))
-    return slot.scale * layer.up(hidden, up)
+    z = layer.dropout(x, slot.delta.dropout)
+
+    def thin(z: Tensor, up: Tensor, down: Tensor) -> Tensor:
+        hidden = layer.down(z, down.to(base.dtype).repeat(1, slot.delta.fold))
+        return layer.up(hidden, up.to(base.dtype))
+
+    gain = slot.delta.gains(factors)
+    gain = None if gain is None else layer.per_output(gain)
+    return slot.scale * with_gain(thin, z, *factors, gain, slot.delta.gain_reaches_input)

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from visionlora.config import AdapterConfig
 from visionlora.errors import AdapterStateError
-from visionlora.ops import Frozen
+from visionlora.ops import Frozen, scale_gradient
 from visionlora.sites import Kind, Site
 
 
@@ -69,6 +69,8 @@ class Shared(nn.Module):
     """The numbers of a site depend on which other sites there are."""
     groups: ClassVar[Mapping[str, Group]] = {}
     """How its parameters are optimised, by name; what is missing follows the run."""
+    carried: bool = False
+    """Files and checkpoints hold its frozen tensors, because they cannot be drawn again."""
 
     def __init__(self, config: Any, sites: list[Site]) -> None:
         super().__init__()
@@ -87,6 +89,19 @@ class Shared(nn.Module):
         return 0
 
 
+class RowGain(Protocol):
+    """Multiplies the gradients of a factor pair per output, while the forward stays as it is."""
+
+    @property
+    def to_input(self) -> bool:
+        """Whether the gradient of the layer's input has the factor too."""
+
+    def __call__(
+        self, up: Float[Tensor, "out rank"], down: Float[Tensor, "rank folded"], fold: int
+    ) -> Float[Tensor, " out"]:
+        """Return the factors for the change `up @ [down ... down]`, as constants."""
+
+
 class Delta(nn.Module):
     """The change of one site's weight."""
 
@@ -100,10 +115,14 @@ class Delta(nn.Module):
     """The initial values depend on the seed."""
     groups: ClassVar[Mapping[str, Group]] = {}
     """How its parameters are optimised, by name; what is missing follows the run."""
+    carried: bool = False
+    """Files and checkpoints hold its frozen tensors, because they cannot be drawn again."""
     frozen_factor: Frozen = ""
     """Which of `(up, down)` never trains: an expensive pair then takes a cheaper path."""
     fold: int = 1
     """Number of equal column blocks of `scale * up @ down`."""
+    row_gain: RowGain | None = None
+    """Set by a training dynamics, for the duration of a step, on Deltas with `factors`."""
 
     def __init__(self, config: Any, site: Site, shared: Shared | None = None) -> None:
         super().__init__()
@@ -148,7 +167,20 @@ class Delta(nn.Module):
         if factors is None:
             raise NotImplementedError(f"{type(self).__name__} must define delta or factors")
         up, down = factors
-        return self.scale * (up @ down.repeat(1, self.fold))
+        change = self.scale * (up @ down.repeat(1, self.fold))
+        gain = self.gains(factors)
+        return change if gain is None else scale_gradient(change, gain[:, None])
+
+    def gains(self, factors: tuple[Tensor, Tensor]) -> Float[Tensor, " out"] | None:
+        """Return what `row_gain` makes of the factors, None without one or without gradients."""
+        if self.row_gain is None or not torch.is_grad_enabled():
+            return None
+        return self.row_gain(*factors, self.fold)
+
+    @property
+    def gain_reaches_input(self) -> bool:
+        """Whether the gradient of the layer's input has the gains too."""
+        return self.row_gain is not None and self.row_gain.to_input
 
     update: ClassVar[Any] = None
     """Optional method `update(y, x, layer) -> y`: from the layer's output without bias."""
@@ -189,7 +221,7 @@ class Delta(nn.Module):
         return None
 
     def frozen(self) -> dict[str, Tensor]:
-        """Seeded tensors of this site that files fingerprint instead of storing."""
+        """Constant tensors of this site; files fingerprint them, and hold them if `carried`."""
         return {}
 
     @staticmethod

@@ -2,6 +2,7 @@
 
 from visionlora.ops.dense import Change, changed_weight, dense_linear
 from visionlora.ops.lora import Branch, Frozen, lora_linear, multiply_adds
+from visionlora.ops.row_gain import row_norms, scale_gradient, with_gain
 
 __all__ = [
     "Branch",
@@ -11,4 +12,7 @@ __all__ = [
     "dense_linear",
     "lora_linear",
     "multiply_adds",
+    "row_norms",
+    "scale_gradient",
+    "with_gain",
 ]

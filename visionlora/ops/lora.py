@@ -14,6 +14,13 @@ Where one factor is frozen and the rank is large, the changed weight `W' = W + s
 scratch, saves products: with A frozen the backward needs no `gh`, so `dx = g W'`; for a frozen B
 see `visionlora.ops.frozen_up`.
 
+A branch may have a gain `a`, a constant per output that multiplies the gradients of its factors
+(ALLoRA) and, if asked, that of the input, while the forward has none of it:
+
+    dB_i = s_i a * (g[:, rows_i]^T h_i),   dA_i = (s_i g[:, rows_i] (a * B_i))^T z
+
+which costs the columns `a * B_i` beside `B_i` in the product that makes `gh`.
+
 Saved for backward: `z` (only if some A is trained), `h` (only if some B is trained), and
 references to the weights. The backward is itself differentiable, so second-order methods work: `h`
 is a second output, because a saved tensor that is neither input nor output counts as a constant.
@@ -30,6 +37,8 @@ from visionlora.ops import frozen_up
 from visionlora.ops.frozen_up import changed
 
 Frozen = Literal["up", "down", ""]
+Gain = tuple[Tensor | None, bool]
+"""Gain of a branch, and whether it reaches the input."""
 
 
 class Branch(NamedTuple):
@@ -41,6 +50,10 @@ class Branch(NamedTuple):
     rows: tuple[int, int] | None = None
     frozen: Frozen = ""
     """Which factor never trains."""
+    gain: Tensor | None = None
+    """Factor `(rows,)` of the gradients of `up` and `down`, a constant."""
+    gain_to_input: bool = False
+    """Whether the gradient of the input has the gain too."""
 
 
 # Below this rank writing the changed weight costs more time than the products it saves.
@@ -106,7 +119,8 @@ def _apply(
     if merged == "up":
         y = frozen_up.frozen_up_linear(x2, weight, bias, layout, factors)
     else:
-        y, _ = _LoRALinear.apply(x2, z2, weight, bias, layout, merged == "down", *factors)
+        gains = tuple((branch.gain, branch.gain_to_input) for branch in branches)
+        y, _ = _LoRALinear.apply(x2, z2, weight, bias, layout, merged == "down", gains, *factors)
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
@@ -114,7 +128,7 @@ def _merged(branches: list[Branch], weight: Tensor, tokens: int) -> Frozen:
     """Return the factor that is frozen in all branches, if the changed weight is cheaper."""
     frozen = branches[0].frozen
     trains = any(branch.up.requires_grad for branch in branches) and frozen == "up"
-    if trains or any(branch.frozen != frozen for branch in branches):
+    if trains or any(branch.frozen != frozen or branch.gain is not None for branch in branches):
         return ""
     rank = sum(branch.up.shape[1] for branch in branches)
     out_features, in_features = weight.shape
@@ -126,6 +140,28 @@ def _stack(parts: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
     return (parts[0] if len(parts) == 1 else torch.cat(parts)).to(dtype)
 
 
+def _beside(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
+def _hidden_gradients(
+    g: Tensor, up: Tensor, scale: float, gain: Gain, wanted: tuple[bool, bool]
+) -> tuple[Tensor, Tensor]:
+    """Return `s g B` for the input and for the down-matrix, of which only those wanted count."""
+    factor, to_input = gain
+    # A contiguous B^T here, and h^T g instead of g^T h in the backward: the same sums, in the
+    # layout in which thin matrix products are up to nine times faster.
+    columns = up.to(g.dtype).t().contiguous()
+    if factor is not None:
+        scaled = (up * factor[:, None]).to(g.dtype).t().contiguous()
+        if all(wanted) and not to_input:
+            both = F.linear(g, torch.cat([columns, scaled])).mul_(scale)
+            return both[:, : up.shape[1]], both[:, up.shape[1] :]
+        columns = scaled if to_input or wanted[1] else columns
+    hidden = F.linear(g, columns).mul_(scale)
+    return hidden, hidden
+
+
 def _rows(y: Tensor, rows: tuple[int, int] | None) -> Tensor:
     return y if rows is None else y[:, rows[0] : rows[1]]
 
@@ -134,13 +170,13 @@ class _LoRALinear(torch.autograd.Function):
     """See the module docstring; x and z are 2-D here."""
 
     @staticmethod
-    def forward(ctx, x, z, weight, bias, layout, merged, *factors):  # type: ignore[no-untyped-def]
+    def forward(ctx, x, z, weight, bias, layout, merged, gains, *factors):  # type: ignore[no-untyped-def]
         ups, downs = factors[0::2], factors[1::2]
         dtype = x.dtype
         bias = None if bias is None else bias.to(dtype)
-        # needs_input_grad: x, z, weight, bias, layout, merged, up_0, down_0, up_1, down_1, ...
-        trains_up = any(ctx.needs_input_grad[6::2])
-        trains_down = any(ctx.needs_input_grad[7::2])
+        # needs_input_grad: x, z, weight, bias, layout, merged, gains, up_0, down_0, up_1, ...
+        trains_up = any(ctx.needs_input_grad[7::2])
+        trains_down = any(ctx.needs_input_grad[8::2])
         y = F.linear(x, weight.to(dtype), bias)
         h = (x if z is None else z) @ _stack(downs, dtype).t()
         start = 0
@@ -149,7 +185,7 @@ class _LoRALinear(torch.autograd.Function):
             _rows(y, rows).addmm_(part, up.to(dtype).t(), alpha=scale)
             start += up.shape[1]
         keeps_x = ctx.needs_input_grad[2] or (z is None and trains_down)
-        ctx.layout = layout
+        ctx.layout, ctx.gains = layout, gains
         ctx.merged = merged and not trains_down
         ctx.separate = z is not None
         ctx.dtype = dtype
@@ -174,17 +210,18 @@ class _LoRALinear(torch.autograd.Function):
         if g is None:  # second order: only the hidden output was used
             g = g_hidden.new_zeros(g_hidden.shape[0], weight.shape[0])
         merged = ctx.merged and g_hidden is None
+        wanted = needs[1] if ctx.separate else needs[0], any(needs[8::2])
         hidden, grad_ups, start = [], [], 0
-        for index, ((scale, rows), up) in enumerate(zip(ctx.layout, ups, strict=True)):
+        for index, (place, up, gain) in enumerate(zip(ctx.layout, ups, ctx.gains, strict=True)):
+            scale, rows = place
             part = _rows(g, rows)
-            # A contiguous B^T here, and h^T g instead of g^T h below: the same sums, in the layout
-            # in which thin matrix products are up to nine times faster.
             if not merged:
-                hidden.append(F.linear(part, up.to(dtype).t().contiguous()).mul_(scale))
+                hidden.append(_hidden_gradients(part, up, scale, gain, wanted))
             grad = None
-            if needs[6 + 2 * index]:
+            if needs[7 + 2 * index]:
                 used = h[:, start : start + up.shape[1]]
                 grad = (used.t() @ part).mul_(scale).t().to(up.dtype)
+                grad = grad if gain[0] is None else grad * gain[0][:, None].to(up.dtype)
             grad_ups.append(grad)
             start += up.shape[1]
         grad_x = grad_z = None
@@ -192,9 +229,11 @@ class _LoRALinear(torch.autograd.Function):
             whole = changed(weight.to(dtype), ctx.layout, ups, downs) if needs[0] else None
             grad_x = None if whole is None else g @ whole
         else:
-            gh = hidden[0] if len(hidden) == 1 else torch.cat(hidden, dim=1)
+            gh = gh_down = _beside([item for item, _ in hidden])
+            if any(gain is not None for gain, _ in ctx.gains):
+                gh_down = _beside([item for _, item in hidden])
             if g_hidden is not None:
-                gh = gh + g_hidden
+                gh, gh_down = gh + g_hidden, gh_down + g_hidden
             down = _stack(tuple(downs), dtype)
             grad_x = g @ weight.to(dtype) if needs[0] else None
             if ctx.separate:
@@ -204,12 +243,12 @@ class _LoRALinear(torch.autograd.Function):
         grad_weight = (g.t() @ x).to(weight.dtype) if needs[2] else None
         grad_bias = g.sum(0) if needs[3] else None  # autograd casts to the type of the bias
         grad_downs = [None] * len(downs)
-        if any(needs[7::2]):
-            stacked = gh.t() @ (z if ctx.separate else x)
+        if any(needs[8::2]):
+            stacked = gh_down.t() @ (z if ctx.separate else x)
             pieces = stacked.split([item.shape[0] for item in downs])
             grad_downs = [
-                piece.to(item.dtype) if needs[7 + 2 * index] else None
+                piece.to(item.dtype) if needs[8 + 2 * index] else None
                 for index, (piece, item) in enumerate(zip(pieces, downs, strict=True))
             ]
         grads = [item for pair in zip(grad_ups, grad_downs, strict=True) for item in pair]
-        return grad_x, grad_z, grad_weight, grad_bias, None, None, *grads
+        return grad_x, grad_z, grad_weight, grad_bias, None, None, None, *grads
