@@ -45,8 +45,8 @@ def smallest_svd(
 ) -> tuple[Float[Tensor, "out rank"], Float[Tensor, " rank"], Float[Tensor, "rank in"]]:
     """Return `(U, S, V^T)` of the `rank` smallest singular values, in float64 on the CPU.
 
-    The largest of them comes first, the signs are fixed as in `truncated_svd`. A full SVD: in a Gram
-    matrix the small singular values would lose half of their digits.
+    The largest of them comes first, the signs are fixed as in `truncated_svd`. A full SVD, because
+    small singular values lose half of their digits in a Gram matrix.
 
     Args:
         weight: the frozen weight.
