@@ -24,8 +24,9 @@ Needs r <= min(out, in) / 2 and a positive alpha. Cost: one decomposition a site
 checkpoints hold the constant pair.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -36,7 +37,7 @@ from visionlora.init.base import Given, Initialiser, Need, Start
 from visionlora.init.gradient import descent
 from visionlora.init.spectral import positive_scale
 from visionlora.methods.parts.decompose import truncated_svd
-from visionlora.registry import register_initialiser
+from visionlora.registry import register_initialiser, register_preset
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +47,7 @@ class LoRAGA(Initialiser):
     name: ClassVar[str] = "lora-ga"
     needs: ClassVar[frozenset[Need]] = frozenset({"gradient"})
     forms: ClassVar[frozenset[Form]] = frozenset({"pair", "rescaled", "blocks"})
-    residual: ClassVar[bool] = True  # type: ignore[assignment]
+    implies: ClassVar[Mapping[str, Any]] = {"dropout": 0.0}
 
     gamma: float = 64.0
     """The larger, the smaller the factors: `s^2 c^2 = s^2 sqrt(out) / gamma`."""
@@ -62,6 +63,11 @@ class LoRAGA(Initialiser):
         super().__post_init__()
         if not self.gamma > 0:
             raise ConfigError(f"lora-ga: gamma must be positive, got {self.gamma}")
+
+    @property
+    def residual(self) -> bool:
+        """Whether the start is taken off: yes."""
+        return True
 
     def check(self, config: AdapterConfig) -> None:
         """Refuse a scale that cannot be divided by."""
@@ -79,11 +85,11 @@ class LoRAGA(Initialiser):
         U, _, V = truncated_svd(descent(given, self.name), 2 * rank, given.where)
         for_A, for_B = self._split(rank, given.generator)
         size = self._size(given)
-        up, down = size * U[:, for_B], size * V[for_A]
+        up, down = size * U[:, for_B], size / given.arms**0.5 * V[for_A]
         if self.norm_clip:
             shrink = _shrink(given.scale * up @ down, given.weight)
             up, down = shrink * up, shrink * down
-        return Start(up, down / given.arms**0.5, taken_off=True)
+        return Start(up, down, taken_off=True)
 
     def _split(self, rank: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Return which triples go to A and which to B."""
@@ -115,3 +121,4 @@ def _shrink(product: Tensor, weight: Tensor) -> float:
 
 
 register_initialiser(LoRAGA)
+register_preset("lora-ga", "lora", "LoRA whose first step is the best of rank 2r", "lora-ga")

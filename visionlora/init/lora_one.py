@@ -12,14 +12,15 @@ change is the same, and balanced as training sees it, where the arms together mo
 their sum is n^(1/4) times as large as above, A n^(1/4) times as small.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from visionlora.errors import ConfigError
 from visionlora.init.base import Given, Initialiser, Need, Start
 from visionlora.init.gradient import descent
 from visionlora.methods.parts.decompose import truncated_svd
-from visionlora.registry import register_initialiser
+from visionlora.registry import register_initialiser, register_preset
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +29,7 @@ class LoRAOne(Initialiser):
 
     name: ClassVar[str] = "lora-one"
     needs: ClassVar[frozenset[Need]] = frozenset({"gradient"})
+    implies: ClassVar[Mapping[str, Any]] = {"dropout": 0.0}
 
     gamma: float = 128.0
     """The larger, the shorter the step."""
@@ -47,3 +49,4 @@ class LoRAOne(Initialiser):
 
 
 register_initialiser(LoRAOne)
+register_preset("lora-one", "lora", "LoRA that starts as one step of descent", "lora-one")

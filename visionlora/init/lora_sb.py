@@ -15,8 +15,9 @@ Needs the whole gradient, because a sketch of it does not know the signs. Files 
 which cannot be computed again without the data.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
@@ -26,7 +27,7 @@ from visionlora.init.base import Given, Initialiser, Need, Start
 from visionlora.init.gradient import descent
 from visionlora.init.spectral import positive_scale
 from visionlora.methods.parts.decompose import truncated_svd
-from visionlora.registry import register_initialiser
+from visionlora.registry import register_initialiser, register_preset
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +38,7 @@ class LoRASB(Initialiser):
     needs: ClassVar[frozenset[Need]] = frozenset({"gradient"})
     forms: ClassVar[frozenset[Form]] = frozenset({"core"})
     sketchable: ClassVar[bool] = False
+    implies: ClassVar[Mapping[str, Any]] = {"dropout": 0.0}
 
     lr: float = 1e-4
     """Learning rate of full fine-tuning after its warm-up."""
@@ -63,3 +65,4 @@ class LoRASB(Initialiser):
 
 
 register_initialiser(LoRASB)
+register_preset("lora-sb", "lora-xs", "LoRA-XS within the first step of AdamW", "lora-sb")

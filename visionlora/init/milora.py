@@ -20,7 +20,7 @@ from visionlora.errors import ConfigError
 from visionlora.init.base import Given, Initialiser, Start
 from visionlora.init.spectral import positive_scale
 from visionlora.methods.parts.decompose import smallest_svd
-from visionlora.registry import register_initialiser
+from visionlora.registry import register_initialiser, register_preset
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +28,11 @@ class MiLoRA(Initialiser):
     """The smallest singular triples of the weight."""
 
     name: ClassVar[str] = "milora"
-    residual: ClassVar[bool] = True  # type: ignore[assignment]
+
+    @property
+    def residual(self) -> bool:
+        """Whether the start is taken off: yes."""
+        return True
 
     def check(self, config: AdapterConfig) -> None:
         """Refuse a scale without a root."""
@@ -48,3 +52,4 @@ class MiLoRA(Initialiser):
 
 
 register_initialiser(MiLoRA)
+register_preset("milora", "lora", "LoRA that starts as the smallest singular triples", "milora")

@@ -28,7 +28,7 @@ from torch import Tensor
 from visionlora.config import Form
 from visionlora.errors import ConfigError
 from visionlora.init.base import Given, Initialiser, Start
-from visionlora.registry import register_initialiser
+from visionlora.registry import register_initialiser, register_preset
 
 logger = logging.getLogger("visionlora")
 
@@ -42,7 +42,7 @@ class NLoRA(Initialiser):
 
     intermediate: Literal["raw", "pinv"] = "raw"
     """What lies between the columns and the rows: their crossing, or its pseudo-inverse."""
-    residual: bool = False  # type: ignore[assignment]
+    residual: bool = False
     """Whether the start is taken off, so that the function does not change."""
     index: Literal["first", "random", "norm"] = "first"
     """Which rows and columns."""
@@ -92,3 +92,5 @@ class NLoRA(Initialiser):
 
 
 register_initialiser(NLoRA)
+register_preset("nlora", "slora", "SLoRA that starts as parts of the weight", "nlora")
+register_preset("inttune", "lora-xs", "A trained core between parts of the weight", "nlora")

@@ -23,10 +23,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from visionlora.config import Form
 from visionlora.errors import ConfigError
-from visionlora.init.base import Form, Given, Initialiser, Start
+from visionlora.init.base import Given, Initialiser, Start
 from visionlora.methods.base import uniform
-from visionlora.registry import register_initialiser
+from visionlora.registry import register_initialiser, register_preset
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,3 +108,5 @@ def _normal(shape: tuple[int, int], given: Given) -> Tensor:
 
 for _kind in (Kaiming, Gaussian, Normal, Orthogonal):
     register_initialiser(_kind)
+register_preset("gaussian", "lora", "LoRA that draws A from N(0, (1/r)^2)", "gaussian")
+register_preset("orthogonal", "lora", "LoRA whose two factors train at once", "orthogonal")
