@@ -152,6 +152,15 @@ class InputWatch:
         """Return the moments, those of a shared input once."""
         return list(self._shared.values())
 
+    def ranked(self) -> list[tuple[Moments, int]]:
+        """Return the moments, each with the largest rank of the sites that share them."""
+        largest: dict[int, int] = {}
+        for place in (place for places in self._layers.values() for place in places):
+            own = id(self._moments[place.name])
+            rank = min(rank_of(place), place.site.max_rank)
+            largest[own] = max(largest.get(own, 0), rank)
+        return [(moments, largest[id(moments)]) for moments in self.moments()]
+
     def by_place(self) -> dict[str, Moments]:
         """Return the moments of every place by name.
 
@@ -165,6 +174,11 @@ class InputWatch:
                     "weight is read by other code, or the loss does not need it); exclude it"
                 )
         return self._moments
+
+
+def rank_of(place: Place) -> int:
+    """Return the rank of a place's method, 1 for methods without one."""
+    return int(getattr(place.delta.config, "rank", None) or 1)
 
 
 class _Probe(Delta):

@@ -34,8 +34,9 @@ from visionlora.init import processes
 from visionlora.init.base import Components, Need, SiteStats
 from visionlora.init.gradients import GradientCapture
 from visionlora.init.identity import base_digest, digest_of
-from visionlora.init.inputs import InputWatch, Moments
+from visionlora.init.inputs import InputWatch, Moments, rank_of
 from visionlora.init.passes import Samples, counted, mean_loss, undisturbed
+from visionlora.init.settling import Settling
 from visionlora.ranks.structure import Place, places_of
 
 LossFn = Callable[[nn.Module, Any], Tensor]
@@ -68,6 +69,7 @@ def collect(
     samples: Samples | None = None,
     sketch: int | None = None,
     components: int = 0,
+    steady: float | None = None,
     cache: str | Path | None = None,
 ) -> Statistics:
     """Gather what initialisers need to know from data, for every site of an adapter.
@@ -86,6 +88,9 @@ def collect(
             tensor in it.
         sketch: keep only a sketch of so many columns of every gradient (`visionlora.init.sketch`).
         components: number of principal components for each rank that a site has.
+        steady: read no more batches once the first r components of every input keep at least this
+            cosine with those before (`visionlora.init.settling`), if nothing else is wanted. Each
+            process asks for itself.
         cache: a safetensors file to read the statistics from, or else to keep them in
             (`visionlora.init.cache`). The batches are then read and held at once, to tell them from
             others.
@@ -97,7 +102,7 @@ def collect(
         NeverTrainedError: the loss does not reach a weight.
         OutputError: the cache cannot be written.
     """
-    wanted = _Wanted(frozenset(needs), samples, sketch, components)
+    wanted = _Wanted(frozenset(needs), samples, sketch, components, steady)
     places = _places(model, name)
     _check(model, places, wanted, count)
     if cache is None:
@@ -126,6 +131,7 @@ class _Wanted:
     samples: Samples | None
     sketch: int | None
     components: int
+    steady: float | None
 
     @property
     def inputs(self) -> bool:
@@ -144,6 +150,9 @@ def _look(
     """Make the pass, in this and all other processes."""
     capture = GradientCapture(places if "gradient" in wanted.needs else (), wanted.sketch)
     watch = InputWatch(places if wanted.inputs else ())
+    settling = None
+    if wanted.steady is not None and wanted.needs == {"components"}:
+        settling = Settling(watch.ranked(), wanted.steady)
     figures = torch.zeros(3, dtype=torch.float64)  # weighted loss, batches, samples
     failed: VisionLoraError | None = None
     try:
@@ -151,6 +160,8 @@ def _look(
             for batch, size in counted(batches, count, wanted.samples):
                 loss = _run(model, batch, loss_fn, capture, watch, size, int(figures[1]))
                 figures += torch.tensor([loss * size, 1.0, size], dtype=torch.float64)
+                if settling is not None and settling.settled():
+                    break
         capture.check_reached()
     except VisionLoraError as error:
         failed = error
@@ -209,7 +220,7 @@ def _sites(
                 covariances[id(own)] = own.covariance()
             covariance = covariances[id(own)]
         if own is not None and "components" in wanted.needs:
-            k = min(wanted.components * _rank(place), place.site.max_rank)
+            k = min(wanted.components * rank_of(place), place.site.max_rank)
             if (id(own), k) not in directions:
                 directions[id(own), k] = own.components(k)
             parts = directions[id(own), k]
@@ -250,8 +261,14 @@ def _key(
     wanted: _Wanted,
 ) -> str:
     """Return the digest of everything that the statistics depend on."""
-    sites = [(place.name, *_shape(place), _rank(place)) for place in places]
-    options = (sorted(wanted.needs), wanted.samples, wanted.sketch, wanted.components)
+    sites = [(place.name, *_shape(place), rank_of(place)) for place in places]
+    options = (
+        sorted(wanted.needs),
+        wanted.samples,
+        wanted.sketch,
+        wanted.components,
+        wanted.steady,
+    )
     known = (model,)  # a loss that encloses the model: its base is in the key already
     own = digest_of(base_digest(model), sites, options, loss_fn, batches, known=known)
     return digest_of(processes.all_of(own)).hex()
@@ -259,7 +276,3 @@ def _key(
 
 def _shape(place: Place) -> tuple[int, int]:
     return place.site.out_features, place.site.in_features
-
-
-def _rank(place: Place) -> int:
-    return int(getattr(place.delta.config, "rank", 1))
