@@ -346,13 +346,14 @@ def test_methods_without_a_plain_product_are_refused(method, options, reason):
 
 def test_models_and_combinations_that_make_no_sense_are_refused():
     kind = KIND["linear-tall"]
-    with pytest.raises(ConfigError, match="nothing to scale"):
+    with pytest.raises(ConfigError, match="nothing to do"):
         ALLoRAConfig().build(kind.model(), None, 1)
     model = vl.inject(kind.model(), METHODS["lora"], "layer", mode="dense")
     with pytest.raises(ConfigError, match="read directly"):
         ALLoRAConfig(scale_input_grad=True).build(model, None, 1)
-    with pytest.raises(ConfigError, match="eta must be positive, got 0"):
-        ALLoRAConfig(eta=0.0)
+    for eta in (0.0, float("nan"), float("inf")):
+        with pytest.raises(ConfigError, match=f"eta must be positive and finite, got {eta}"):
+            ALLoRAConfig(eta=eta)
     with pytest.raises(ConfigError, match="needs where='grad'"):
         ALLoRAConfig(where="update", scale_input_grad=True)
     for name in ("lora-pro", "lora+"):

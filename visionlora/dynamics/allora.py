@@ -26,6 +26,7 @@ Cost: T r out multiply-adds more per linear layer in the backward, r^2 (out + in
 state; elsewhere see `visionlora.ops.row_gain`. With `where="update"` a copy of B during the step.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -37,10 +38,10 @@ from torch import Tensor, nn
 from visionlora.config import AdapterConfig, Form
 from visionlora.dynamics.base import Dynamics, StepContext
 from visionlora.dynamics.config import DynamicsConfig
+from visionlora.dynamics.places import check_places, trained_places
 from visionlora.errors import ConfigError
 from visionlora.methods.base import Delta
 from visionlora.ops import row_norms
-from visionlora.ranks.structure import Place, places_of
 from visionlora.registry import register_dynamics, register_preset
 
 
@@ -63,8 +64,8 @@ class ALLoRAConfig(DynamicsConfig):
     def __post_init__(self) -> None:
         """Check types and ranges."""
         super().__post_init__()
-        if not self.eta > 0:
-            raise ConfigError(f"allora: eta must be positive, got {self.eta}")
+        if not 0 < self.eta < math.inf:
+            raise ConfigError(f"allora: eta must be positive and finite, got {self.eta}")
         if self.scale_input_grad and self.where == "update":
             raise ConfigError("allora: scale_input_grad needs where='grad', which scales gradients")
 
@@ -96,14 +97,9 @@ class ALLoRAConfig(DynamicsConfig):
             ConfigError: no adapter trains, one is unsuitable, or `scale_input_grad` is set with a
                 layer whose weight is read directly.
         """
-        places = _trained_places(model)
-        if not places:
-            raise ConfigError("allora has nothing to scale: no active adapter of the model trains")
+        places = trained_places(model)
+        check_places(self, places)
         for place in places:
-            config = place.delta.config
-            if config.form not in self.forms:
-                raise ConfigError(f"allora cannot train {config.method}: {self.why}")
-            self.check(config, [])
             if self.scale_input_grad and place.host.state.mode == "dense":
                 raise ConfigError(
                     f"allora: scale_input_grad cannot act on {place.path}, whose weight is read "
@@ -142,7 +138,7 @@ class ALLoRA(Dynamics):
     def on_step_begin(self, context: StepContext) -> None:
         """Set the gains of all Deltas that there are now."""
         if self.options.where == "grad":
-            self._governed = [place.delta for place in _trained_places(self.model)]
+            self._governed = [place.delta for place in trained_places(self.model)]
             for delta in self._governed:
                 delta.row_gain = self.gain
 
@@ -150,7 +146,7 @@ class ALLoRA(Dynamics):
     def on_grads_clipped(self, context: StepContext) -> None:
         """Keep what the step of B starts from."""
         if self.options.where == "update":
-            for place in _trained_places(self.model):
+            for place in trained_places(self.model):
                 factors = place.delta.factors()
                 up = place.delta.get_parameter("B")
                 if factors is not None and up.requires_grad:
@@ -173,15 +169,6 @@ class ALLoRA(Dynamics):
         for delta in self._governed:
             del delta.row_gain
         self._governed, self._before = [], []
-
-
-def _trained_places(model: nn.Module) -> list[Place]:
-    """Return the places of active adapters that train."""
-    return [
-        place
-        for place in places_of(model)
-        if place.active and any(item.requires_grad for item in place.delta.parameters())
-    ]
 
 
 register_dynamics(ALLoRAConfig)
