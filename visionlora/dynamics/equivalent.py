@@ -1,4 +1,4 @@
-r"""Equivalent gradients: the best first-order step of a factor pair (Wang et al. 2024, 2407.18242).
+r"""Equivalent gradients: the best step of a factor pair (Wang et al. 2024, arXiv 2407.18242).
 
 `Delta W = s B A`, `B: m x r`, `A: r x n`; `g = dL/dW` is the gradient of full fine-tuning, and the
 pair only sees `gA = s B^T g` and `gB = s g A^T`. To first order a step along `(GA, GB)` moves W by
@@ -10,16 +10,16 @@ and the (GA, GB) with E closest to g are, for every r x r matrix X,
     GA = (B^T B)^-1 gA / s^2 + X A
     GB = (I - P_B) gB (A A^T)^-1 / s^2 - B X,     P_B = B (B^T B)^-1 B^T
 
-all with `E = P_B g + (I - P_B) g P_A` and a loss that falls by `|E|^2` per unit of step. X decides how
-the step is shared out between A and B only:
+all with `E = P_B g + (I - P_B) g P_A` and a loss that falls by `|E|^2` per unit of step. X only
+decides how the step is shared out between A and B:
 
     sylvester   closest to (gA, gB):   B^T B X + X A A^T = -(B^T B)^-1 gA A^T / s^2
     zero        X = 0
     symmetric   X = -(B^T B)^-1 gA A^T (A A^T)^-1 / (2 s^2): both factors get the shared part evenly
 
 Where a factor is zero, its Gram matrix counts as having the inverse 0: from B = 0, `GA = 0`,
-`GB = gB (A A^T)^-1 / s^2` and `E = g P_A`. Elsewhere `d I` is added to Gram matrices before they are
-inverted, `d = ridge * (mean eigenvalue)`, at least 1e-12 (derived; the reference code adds 1e-8
+`GB = gB (A A^T)^-1 / s^2` and `E = g P_A`. Elsewhere `d I` is added to Gram matrices before they
+are inverted, `d = ridge * (mean eigenvalue)`, at least 1e-12 (derived; the reference code adds 1e-8
 whatever their size).
 
 Everything here is a function of tensors, batched over leading dimensions; Gram matrices and what
