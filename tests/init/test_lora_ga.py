@@ -3,7 +3,9 @@
 import pytest
 import torch
 
+import visionlora as vl
 from tests.init.given import best, given, matrix
+from tests.methods.chains import adapted_chain, chain, delta_of
 from tests.tolerances import assert_close
 from visionlora.errors import ConfigError
 from visionlora.init.lora_ga import LoRAGA
@@ -177,3 +179,86 @@ def test_a_gradient_without_a_direction_is_refused(g, said):
 def test_impossible_options_are_refused(options):
     with pytest.raises(ConfigError, match=next(iter(options))):
         LoRAGA(**options)
+
+
+# -- in a model
+
+
+def batches():
+    return [(matrix(n, 12, seed=n), matrix(n, 9, seed=n + 20)) for n in (4, 7, 2)]
+
+
+def loss_fn(model, batch):
+    return (model(batch[0]) - batch[1]).square().mean()
+
+
+def full_gradients(*shapes):
+    """Return the gradient of the mean loss over all samples at the frozen weights."""
+    model = chain(*shapes)
+    whole = [torch.cat(items) for items in zip(*batches(), strict=True)]
+    loss_fn(model, whole).backward()
+    return [layer.weight.grad for layer in model]
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("lora", {"rank": 3, "alpha": 4.5}),
+        ("lora", {"rank": 3, "alpha": 2.0, "scaling": "rslora"}),
+        ("block-lora", {"rank": 6, "blocks": 2, "alpha": 2.0, "dropout": 0.0}),
+    ],
+)
+@SPLITS
+def test_one_step_of_a_model_is_the_best_step_of_twice_the_rank(method, options, direction):
+    shapes, lr = ((12, 10), (10, 9)), 1e-3
+    model = adapted_chain(method, *shapes, **options)
+    report = vl.initialise(
+        model, "lora-ga", batches(), loss_fn, direction=direction, norm_clip=False
+    )
+    assert set(report.change.values()) == {0.0}
+    whole = tuple(torch.cat(items) for items in zip(*batches(), strict=True))
+    assert_close(torch.tensor(report.loss), loss_fn(chain(*shapes), whole).detach().float())
+    parameters = [item for _, item in vl.trainable_parameters(model)]
+    loss_fn(model, whole).backward()
+    deltas = [delta_of(layer) for layer in model]
+    seconds = []
+    for delta in deltas:
+        gB = delta.B.grad.unflatten(1, (delta.arms, -1)).sum(1)
+        seconds.append(lr**2 * delta.scale * gB @ delta.A.grad)
+    torch.optim.SGD(parameters, lr=lr).step()
+    for layer, delta, g, second in zip(
+        model, deltas, full_gradients(*shapes), seconds, strict=True
+    ):
+        step = delta.delta(layer.weight).detach() - second
+        s = delta.scale
+        expected = -lr * s**2 * len(g) ** 0.5 / GAMMA * best(g, 6)
+        assert_close(1e3 * step, 1e3 * expected)
+        assert float(second.abs().max()) > 1e-12
+
+
+def test_a_head_of_zeros_starts_nothing():
+    model = chain((12, 10), (10, 9))
+    with torch.no_grad():
+        model[1].weight.zero_()
+    vl.inject(model, "lora", targets="0", rank=2)
+    before = {name: item.clone() for name, item in model.state_dict().items()}
+    with pytest.raises(ConfigError, match=r"gradient of 0\.weight is exactly zero"):
+        vl.initialise(model, "lora-ga", batches(), loss_fn)
+    assert all(torch.equal(model.state_dict()[name], item) for name, item in before.items())
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "said"),
+    [
+        ("slora", {}, "cannot start slora"),
+        ("lora-xs", {}, "cannot start lora-xs"),
+        ("lora", {"dropout": 0.1}, "set dropout=0"),
+        ("lora", {"alpha": -1.0}, "needs a positive alpha"),
+        ("lora", {"rank": 5}, r"rank 5 is larger than 1\.weight allows.* at most 4"),
+    ],
+)
+def test_methods_that_it_cannot_start_are_refused(method, options, said):
+    model = adapted_chain(method, (12, 10), (10, 9), **{"rank": 2, **options})
+    with pytest.raises(ConfigError, match=said) as caught:
+        vl.initialise(model, "lora-ga", batches(), loss_fn)
+    assert "\n" not in str(caught.value)

@@ -3,7 +3,9 @@
 import pytest
 import torch
 
+import visionlora as vl
 from tests.init.given import best, given, matrix, product
+from tests.methods.chains import adapted_chain, chain, change_of, delta_of, disturb
 from tests.tolerances import assert_close
 from visionlora.errors import ConfigError
 from visionlora.init.lora_one import LoRAOne
@@ -62,3 +64,61 @@ def test_impossible_options_and_gradients_are_refused():
         LoRAOne(gamma=0.0)
     with pytest.raises(ConfigError, match=r"lora-one: the gradient at layer\.weight is zero"):
         LoRAOne().start(given(gradient=torch.zeros(12, 10)))
+
+
+# -- in a model
+
+X, GOAL = matrix(8, 12, seed=4), matrix(8, 9, seed=5)
+
+
+def loss_fn(model, batch):
+    return (model(batch[0]) - batch[1]).square().mean()
+
+
+def started(method, **options):
+    model = adapted_chain(method, (12, 10), (10, 9), rank=4, alpha=3.0, **options)
+    report = vl.initialise(model, "lora-one", [(X, GOAL)], loss_fn, gamma=1e3)
+    return model, report
+
+
+METHODS = pytest.mark.parametrize(
+    ("method", "options"),
+    [("lora", {}), ("slora", {}), ("dora", {}), ("block-lora", {"blocks": 2, "dropout": 0.0})],
+)
+
+
+@METHODS
+def test_a_model_starts_one_step_down(method, options):
+    model, report = started(method, **options)
+    base = chain((12, 10), (10, 9))
+    before = loss_fn(base, (X, GOAL))
+    before.backward()
+    assert bool(loss_fn(model, (X, GOAL)) < before)
+    for layer, plain, name in zip(model, base, ("0.weight", "1.weight"), strict=True):
+        delta, g = delta_of(layer), plain.weight.grad
+        up, down = delta.trained_pair()
+        expected = best(g, delta.rank) / torch.linalg.svdvals(g)[0] / 1e3
+        assert_close(up.detach() @ down.detach(), -expected)
+        relative = delta.scale * expected.norm() / layer.weight.norm()
+        assert report.change[name] == pytest.approx(float(relative))
+        if method == "slora":
+            assert torch.equal(delta.N.detach(), torch.eye(4, dtype=torch.float64))
+        if method == "dora":  # the magnitude is that of the changed weight, which is all there is
+            V = plain.weight + delta.scale * up @ down
+            assert_close(delta.magnitude, V.norm(dim=1))
+            assert_close(layer.weight + change_of(layer), V.detach())
+        else:
+            assert_close(change_of(layer), -delta.scale * expected)
+
+
+@METHODS
+def test_a_file_holds_all_of_it(method, options, tmp_path):
+    model, _ = started(method, **options)
+    disturb(model, 0.1)
+    loaded = vl.load(chain((12, 10), (10, 9)), vl.save(model, tmp_path / "a.safetensors"))
+    assert torch.equal(loaded(X), model(X))
+    if method != "dora":
+        report = vl.export(model, tmp_path / "b.safetensors", format="lora")
+        rank = 2 if method == "block-lora" else 4
+        assert set(report.ranks.values()) == {rank}  # nothing was taken off
+        assert_close(vl.load(chain((12, 10), (10, 9)), report)(X), model(X))

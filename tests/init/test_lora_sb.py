@@ -3,7 +3,9 @@
 import pytest
 import torch
 
+import visionlora as vl
 from tests.init.given import best, given, matrix, product
+from tests.methods.chains import adapted_chain, chain, change_of, delta_of, disturb, trained_names
 from tests.tolerances import assert_close
 from visionlora.errors import ConfigError
 from visionlora.init.lora_sb import LoRASB
@@ -102,3 +104,64 @@ def test_impossible_options_are_refused(options):
 def test_a_gradient_of_zero_is_refused():
     with pytest.raises(ConfigError, match=r"lora-sb: the gradient at layer\.weight is zero"):
         LoRASB().start(site(torch.zeros(12, 10)))
+
+
+# -- in a model
+
+
+def batches():
+    return [(matrix(n, 12, seed=n), matrix(n, 9, seed=n + 20)) for n in (4, 7, 2)]
+
+
+def loss_fn(model, batch):
+    return (model(batch[0]) - batch[1]).square().mean()
+
+
+def started(order=1, factor=1.0, **options):
+    model = adapted_chain("lora-xs", (12, 10), (10, 9), rank=4, **options)
+    scaled = lambda model, batch: factor * loss_fn(model, batch)  # noqa: E731
+    vl.initialise(model, "lora-sb", batches()[::order], scaled, lr=1e-3)
+    return model
+
+
+def total(model):
+    whole = tuple(torch.cat(items) for items in zip(*batches(), strict=True))
+    return loss_fn(model, whole)
+
+
+@pytest.mark.parametrize("alpha", [None, 1.0])
+def test_a_model_starts_below_its_loss(alpha):
+    model, base = started(alpha=alpha), chain((12, 10), (10, 9))
+    assert trained_names(model) == {"R"}
+    total(base).backward()
+    assert bool(total(model) < total(base))
+    for layer, plain in zip(model, base, strict=True):
+        assert_close(1e3 * change_of(layer), best(-plain.weight.grad.sign(), 4))
+        assert float((change_of(layer) * plain.weight.grad).sum()) < 0
+
+
+@pytest.mark.parametrize("other", [{"order": -1}, {"factor": 1000.0}])
+def test_neither_order_nor_scale_of_the_loss_changes_the_start(other):
+    for one, two in zip(started(), started(**other), strict=True):
+        assert_close(1e3 * change_of(one), 1e3 * change_of(two))
+
+
+def test_the_bases_go_into_files_because_only_the_data_know_them(tmp_path):
+    model = disturb(started(), 0.1)
+    x = matrix(5, 12, seed=9)
+    loaded = vl.load(chain((12, 10), (10, 9)), vl.save(model, tmp_path / "a.safetensors"))
+    assert torch.equal(loaded(x), model(x))
+    assert torch.equal(delta_of(loaded[0]).B, delta_of(model[0]).B)
+    report = vl.export(model, tmp_path / "b.safetensors", format="lora")
+    assert set(report.ranks.values()) == {4}
+    assert_close(vl.load(chain((12, 10), (10, 9)), report)(x), model(x))
+
+
+def test_a_sketch_and_other_methods_are_refused():
+    model = adapted_chain("lora-xs", (12, 10), (10, 9), rank=4)
+    with pytest.raises(ConfigError, match="lora-sb needs whole gradients"):
+        vl.initialise(model, "lora-sb", batches(), loss_fn, sketch=6)
+    for method in ("lora", "slora", "dora"):
+        model = adapted_chain(method, (12, 10), (10, 9), rank=4)
+        with pytest.raises(ConfigError, match=f"lora-sb cannot start {method}"):
+            vl.initialise(model, "lora-sb", batches(), loss_fn)

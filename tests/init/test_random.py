@@ -3,7 +3,9 @@
 import pytest
 import torch
 
+import visionlora as vl
 from tests.init.given import given, matrix, product
+from tests.methods.chains import adapted_chain, chain, change_of, delta_of, trained_names
 from tests.tolerances import assert_close
 from visionlora.errors import ConfigError
 from visionlora.init.random import Gaussian, Kaiming, Normal, Orthogonal
@@ -112,3 +114,69 @@ def test_the_draw_follows_the_seed_and_leaves_the_global_generator(init):
 def test_impossible_deviations_are_refused(make):
     with pytest.raises(ConfigError, match="std must"):
         make()
+
+
+# -- in a model
+
+METHODS = pytest.mark.parametrize(
+    ("method", "options"),
+    [("lora", {}), ("dora", {}), ("slora", {}), ("block-lora", {"blocks": 2, "dropout": 0.0})],
+)
+
+
+@METHODS
+@pytest.mark.parametrize("init", ["kaiming", "gaussian", "normal", "orthogonal"])
+def test_the_change_of_a_model_is_zero_except_for_normal(method, options, init):
+    model = adapted_chain(method, (10, 14), rank=4, init=init, **options)
+    size = float(change_of(model[0]).abs().max())
+    assert size > 1e-5 if init == "normal" else size < 1e-14
+    if init in ("kaiming", "gaussian"):
+        assert not delta_of(model[0]).B.any()
+        assert bool(delta_of(model[0]).A.any())
+    again = adapted_chain(method, (10, 14), rank=4, init=init, **options)
+    other = adapted_chain(method, (10, 14), rank=4, init=init, seed=1, **options)
+    assert torch.equal(delta_of(again[0]).A, delta_of(model[0]).A)
+    assert not torch.equal(delta_of(other[0]).A, delta_of(model[0]).A)
+
+
+@METHODS
+def test_kaiming_is_what_happens_without_an_initialiser(method, options):
+    one = adapted_chain(method, (10, 14), rank=4, init="kaiming", **options)
+    other = adapted_chain(method, (10, 14), rank=4, **options)
+    for mine, expected in zip(one.parameters(), other.parameters(), strict=True):
+        assert torch.equal(mine, expected)
+
+
+def test_an_orthogonal_start_trains_both_factors_in_the_first_step():
+    model = vl.inject(chain((10, 14)), "orthogonal", targets="0", rank=4)
+    model(matrix(5, 10)).sum().backward()
+    for _, item in vl.trainable_parameters(model):
+        assert bool(item.grad.any())
+
+
+def test_svd_sets_the_core_of_lora_xs_and_nothing_else(tmp_path):
+    plain = adapted_chain("lora-xs", (10, 14), rank=4)
+    model = vl.inject(chain((10, 14)), "lora-xs+svd(std=0.0)", targets="0", rank=4)
+    for name in ("A", "B"):
+        assert torch.equal(getattr(delta_of(model[0]), name), getattr(delta_of(plain[0]), name))
+    assert not delta_of(model[0]).R.any()
+    assert not delta_of(model[0]).carried  # the weight still knows the bases
+
+
+def test_random_bases_around_a_core_go_into_files(tmp_path):
+    model = vl.inject(chain((10, 14)), "lora-xs+kaiming", targets="0", rank=4)
+    with torch.no_grad():
+        delta_of(model[0]).R.normal_()
+    assert trained_names(model) == {"R"}
+    x = matrix(5, 10)
+    loaded = vl.load(chain((10, 14)), vl.save(model, tmp_path / "a.safetensors"))
+    assert torch.equal(loaded(x), model(x))
+    assert not torch.allclose(model(x), chain((10, 14))(x), atol=1e-3)
+
+
+def test_an_embedding_starts_with_rows_of_zero():
+    for init in ("kaiming", "gaussian"):
+        model = torch.nn.Sequential(torch.nn.Embedding(11, 8))
+        vl.inject(model, "lora", targets="0", rank=2, init=init)
+        assert not delta_of(model[0]).A.any()
+        assert bool(delta_of(model[0]).B.any())
