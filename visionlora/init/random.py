@@ -9,8 +9,9 @@ where Q is a random orthogonal matrix, r x r, Q_even and Q_odd its alternate row
 G_A: r/2 x in, G_B: out x r/2 are standard normal.
 
 The change is exactly zero for kaiming and gaussian, where A has no gradient in the first step. For
-orthogonal it is zero up to rounding (some 1e-8 in float32), because `Q_even Q_odd^T = 0`, though
-neither factor is: both train from the first step. For normal it is small but not zero.
+orthogonal it is zero up to rounding (negligible in float32, not in bfloat16), because
+`Q_even Q_odd^T = 0`, though neither factor is: both train from the first step. For normal it is
+small but not zero.
 
 On an Embedding, kaiming and gaussian are the method's own start, A = 0 and B normal: A holds one
 column per token. Where the factors are frozen around a trained core, kaiming draws both of them,
