@@ -30,7 +30,11 @@ def test_patterns_list_methods():
     assert vl.list_methods("no-such-*") == []
 
 
-@pytest.mark.parametrize("preset", list_presets(), ids=lambda preset: preset.name)
+PLAIN = [preset for preset in list_presets() if not preset.factors]
+COMPOSED = [preset for preset in list_presets() if preset.factors]
+
+
+@pytest.mark.parametrize("preset", PLAIN, ids=lambda preset: preset.name)
 def test_a_preset_is_its_method_with_options_that_can_be_overridden(preset):
     config = vl.build_config(preset.name)
     assert config.method == preset.method
@@ -38,6 +42,16 @@ def test_a_preset_is_its_method_with_options_that_can_be_overridden(preset):
     key = next(iter(preset.options))
     plain = getattr(vl.build_config(preset.method), key)
     assert getattr(vl.build_config(preset.name, {key: plain}), key) == plain
+
+
+@pytest.mark.parametrize("preset", COMPOSED, ids=lambda preset: preset.name)
+def test_a_preset_with_factors_is_the_product_that_it_names(preset):
+    recipe = vl.parse(preset.name)
+    product = vl.parse("+".join([preset.method, *preset.factors]))
+    assert recipe.factors == product.factors
+    assert recipe.config() == product.config(**preset.options)
+    with pytest.raises(ConfigError, match=r"is .*, more than the configuration of a method"):
+        vl.build_config(preset.name)
 
 
 @pytest.mark.parametrize(
@@ -61,7 +75,7 @@ def test_a_preset_is_its_method_with_options_that_can_be_overridden(preset):
         ("lora", {"alpha": float("nan")}, "finite number or None"),
         ("lora", {"alpha": float("inf")}, "finite number or None"),
         ("lora", {"scaling": "rs"}, "'rslora'"),
-        ("lora", {"init": "kaiming"}, "'normal'"),
+        ("lora-xs", {"init": "kaiming"}, "'normal'"),
         ("lora", {"alpha": "16"}, "a finite number or None"),
         ("lora", {"seed": 0.5}, "whole number"),
         ("vera", {"rank": 0}, "at least 1"),

@@ -1,6 +1,6 @@
 """Adapt pretrained vision models with low-rank layers."""
 
-from visionlora import analysis, methods
+from visionlora import analysis, dynamics, init, methods
 from visionlora.api import (
     disabled,
     eject,
@@ -13,10 +13,12 @@ from visionlora.api import (
     unmerge,
     use,
 )
+from visionlora.compose import Recipe, parse
 from visionlora.config import AdapterConfig
 from visionlora.errors import VisionLoraError
 from visionlora.freeze import freeze_routing
 from visionlora.groups import parameter_groups
+from visionlora.init.initialise import InitReport, initialise
 from visionlora.io.convert import convert
 from visionlora.io.export import ExportReport, export
 from visionlora.io.inspect import AdapterInfo, inspect
@@ -35,6 +37,8 @@ __all__ = [
     "AdapterInfo",
     "BopsReport",
     "ExportReport",
+    "InitReport",
+    "Recipe",
     "SqueezeReport",
     "Summary",
     "VisionLoraError",
@@ -45,12 +49,15 @@ __all__ = [
     "combine",
     "convert",
     "disabled",
+    "dynamics",
     "eject",
     "export",
     "finalize",
     "freeze_base",
     "freeze_routing",
     "get_method",
+    "init",
+    "initialise",
     "inject",
     "inspect",
     "list_methods",
@@ -61,6 +68,7 @@ __all__ = [
     "merged",
     "methods",
     "parameter_groups",
+    "parse",
     "save",
     "save_integers",
     "set_scale",

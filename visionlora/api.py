@@ -13,13 +13,17 @@ from torch import nn
 
 from visionlora import record
 from visionlora.build import install, prepare_adapter, refuse_merged
+from visionlora.compose import parse
 from visionlora.config import AdapterConfig
 from visionlora.errors import AdapterStateError, ConfigError, TargetError, nearest
 from visionlora.hosts import Host, Mode, describe, find_adapter, release
 from visionlora.hosts.base import parameter_name, stored
 from visionlora.hosts.shortcuts import reopen_shortcuts
+from visionlora.init.base import Initialiser
+from visionlora.init.initialise import initialise_prepared
+from visionlora.init.suitable import check_form
 from visionlora.record import adapter_names, hosts_of
-from visionlora.registry import build_config
+from visionlora.registry import build_initialiser, get_method
 from visionlora.targets import find_targets, matches_parameter
 
 Patterns = str | Sequence[str]
@@ -34,6 +38,7 @@ def inject(
     name: str = "default",
     mode: Mode = "auto",
     freeze: bool = True,
+    init: str | Initialiser | None = None,
     **options: Any,
 ) -> nn.Module:
     """Add an adapter to the layers that `targets` names, and freeze the rest of the model.
@@ -46,6 +51,8 @@ def inject(
         name: name of the adapter; several may live on one model.
         mode: `auto` picks the cheaper exact path per layer; `factored` or `dense` force one.
         freeze: set `requires_grad` of all base parameters to False, the first time.
+        init: how the factors start, from the weight alone (`pissa`, `olora`, ...); starts that
+            look at data are for `initialise`.
         **options: fields of the method's configuration, such as `rank=8`.
 
     Returns:
@@ -58,10 +65,12 @@ def inject(
     """
     if not isinstance(model, nn.Module):
         raise ConfigError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    config = _as_config(method, options)
+    config, start = _as_config(method, init, options)
     matches = find_targets(model, targets, exclude, config.kinds)
     sites = [describe(match.name, match.module, key) for match in matches for key in match.keys]
     adapter = prepare_adapter(model, [(site, config) for site in sites], name=name, mode=mode)
+    if start is not None:
+        adapter = initialise_prepared(model, adapter, start)
     return install(model, adapter, freeze=freeze)
 
 
@@ -224,16 +233,37 @@ def trainable_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]
             yield name, parameter
 
 
-def _as_config(method: str | AdapterConfig, options: dict[str, Any]) -> AdapterConfig:
-    if isinstance(method, str):
-        return build_config(method, options)
-    if not isinstance(method, AdapterConfig):
-        raise ConfigError(f"method must be a name or a configuration, got {method!r}")
-    if options:
+def _as_config(
+    method: str | AdapterConfig, init: str | Initialiser | None, options: dict[str, Any]
+) -> tuple[AdapterConfig, Initialiser | None]:
+    """Return the configuration, and the initialiser if there is one."""
+    if not isinstance(method, str):
+        if not isinstance(method, AdapterConfig):
+            raise ConfigError(f"method must be a name or a configuration, got {method!r}")
+        if options:
+            raise ConfigError(
+                f"options {sorted(options)} must be fields of the configuration that was given"
+            )
+        return method, None if init is None else build_initialiser(init)
+    recipe = parse(method)
+    if recipe.dynamics:
+        names = ", ".join(item.name for item in recipe.dynamics)
         raise ConfigError(
-            f"options {sorted(options)} must be fields of the configuration that was given"
+            f"{method}: {names} is a training dynamics, not part of the model: inject "
+            f"{recipe.method!r} and pass parse({method!r}).build_dynamics(model, optimizer, steps) "
+            "to fit or to a Stepper"
         )
-    return method
+    if options.get("offset"):
+        raise ConfigError(f"{method}: offset is set by initialisers and restarts, not by hand")
+    if init is not None and "init" in get_method(recipe.method).config.__dataclass_fields__:
+        return recipe.config(**options, init=init), None  # the method's own choice of that name
+    if init is not None and recipe.init is not None:
+        raise ConfigError(f"{method} brings its own start: leave out init={init!r}")
+    start = recipe.init if init is None else build_initialiser(init)
+    config = recipe.config(**options)
+    if start is not None:
+        check_form(start, config)
+    return config, start
 
 
 def _hosts(model: nn.Module) -> dict[str, Host]:

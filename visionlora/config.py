@@ -16,6 +16,13 @@ from typing import Any, ClassVar, Literal, cast
 from visionlora.errors import ConfigError
 from visionlora.sites import Site
 
+Form = Literal[
+    "pair", "rescaled", "blocks", "middle", "core", "frozen-down", "sparse", "full", "other"
+]
+"""What kind of algebra a method has, by which initialisers and dynamics know what they can serve:
+`s B A`; a pair inside a row norm; several up-matrices; `s B N A`; `s B R A` between frozen bases;
+a trained B on a frozen A; scattered entries; the whole matrix; something else."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterConfig:
@@ -25,6 +32,8 @@ class AdapterConfig:
     """Registered name, set by the subclass."""
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv", "embedding"})
     """Kinds of site that the method can serve."""
+    form: ClassVar[Form] = "other"
+    """What kind of algebra the method has."""
 
     seed: int = 0
     """Seed of every random tensor of the adapter; combined with the site's name."""
@@ -118,9 +127,11 @@ def check_fields(config: Any) -> None:
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if not _fits(value, hints[field.name]):
-            owner = getattr(config, "method", "") or type(config).__name__
+            named = getattr(config, "method", "") or getattr(config, "name", "")
             allowed = _describe(hints[field.name])
-            raise ConfigError(f"{owner}: {field.name} must be {allowed}, got {value!r}")
+            raise ConfigError(
+                f"{named or type(config).__name__}: {field.name} must be {allowed}, got {value!r}"
+            )
 
 
 @functools.cache

@@ -42,12 +42,12 @@ def _add_lora(layer: Any, keys: Sequence[str], seed: int | None, options: dict[s
     # Like the weights of any new layer, the factors follow torch.manual_seed unless a seed is
     # given.
     seed = int(torch.randint(2**31, ())) if seed is None else seed
-    config = cast(LoRAConfig, build_config("lora", {"seed": seed, **options}))
-    if config.residual:  # a state dict that is loaded later would bring another weight
+    if "init" in options:  # a state dict that is loaded later would bring another weight
         raise ConfigError(
-            f"{type(layer).__name__} cannot have init={config.init!r}, which is computed from the "
-            "weight: call inject on the finished model"
+            f"{type(layer).__name__} draws its factors as LoRA does: for another start call "
+            f"initialise(model, {options['init']!r}) on the finished model"
         )
+    config = cast(LoRAConfig, build_config("lora", {"seed": seed, **options}))
     prepare(layer, "auto")
     deltas = {}
     for key in keys:
@@ -135,7 +135,6 @@ class LoRAConv2d(ConvHost, nn.Conv2d):
         alpha: float | None = None,
         scaling: str = "standard",
         dropout: float = 0.0,
-        init: str = "zero",
         seed: int | None = None,
         **layer_options: Any,
     ) -> None:
@@ -146,7 +145,6 @@ class LoRAConv2d(ConvHost, nn.Conv2d):
             "alpha": alpha,
             "scaling": scaling,
             "dropout": dropout,
-            "init": init,
         }
         _add_lora(self, ("weight",), seed, options)
 
@@ -172,7 +170,6 @@ class LoRAEmbedding(EmbeddingHost, nn.Embedding):
         rank: int = 8,
         alpha: float | None = None,
         scaling: str = "standard",
-        init: str = "zero",
         seed: int | None = None,
         **layer_options: Any,
     ) -> None:
@@ -182,7 +179,7 @@ class LoRAEmbedding(EmbeddingHost, nn.Embedding):
             self,
             ("weight",),
             seed,
-            {"rank": rank, "alpha": alpha, "scaling": scaling, "init": init},
+            {"rank": rank, "alpha": alpha, "scaling": scaling},
         )
 
     @classmethod
@@ -208,7 +205,6 @@ class LoRAMultiheadAttention(AttentionHost, nn.MultiheadAttention):
         alpha: float | None = None,
         scaling: str = "standard",
         lora_dropout: float = 0.0,
-        init: str = "zero",
         seed: int | None = None,
         **layer_options: Any,
     ) -> None:
@@ -222,7 +218,6 @@ class LoRAMultiheadAttention(AttentionHost, nn.MultiheadAttention):
             "alpha": alpha,
             "scaling": scaling,
             "dropout": lora_dropout,
-            "init": init,
         }
         _add_lora(self, _check_projections(projections), seed, options)
 

@@ -25,6 +25,7 @@ from visionlora.config import AdapterConfig
 from visionlora.hosts import Host, Mode, describe
 from visionlora.hosts.base import bias_name
 from visionlora.methods.base import Delta
+from visionlora.methods.parts.pair import PairDelta
 from visionlora.record import adapter_parameter_owners
 from visionlora.registry import build_config, get_method, list_methods, list_presets
 from visionlora.targets import find_targets
@@ -57,6 +58,8 @@ def _small(name: str) -> AdapterConfig:
 
 
 def _alternatives(config: AdapterConfig) -> Iterator[AdapterConfig]:
+    if hasattr(config, "offset"):  # a constant pair of another rank than the trained one, and equal
+        yield from (replace(config, offset=rank) for rank in (1, 2))
     hints = typing.get_type_hints(type(config))
     for field in fields(config):
         if typing.get_origin(hints[field.name]) is typing.Literal:
@@ -79,7 +82,7 @@ _all: dict[AdapterConfig, None] = {}
 for _name in list_methods():
     _all[_small(_name)] = None
     _all.update(dict.fromkeys(_alternatives(_small(_name))))
-_all.update(dict.fromkeys(_small(preset.name) for preset in list_presets()))
+_all.update(dict.fromkeys(_small(item.name) for item in list_presets() if not item.factors))
 CONFIGS = list(_all)
 DEFAULTS = [_small(name) for name in list_methods()]
 
@@ -155,7 +158,7 @@ def adapted(config: AdapterConfig, kind: Kind, *, seed: int = 0, **options: Any)
 
 @torch.no_grad()
 def randomise(model: nn.Module, seed: int = 0) -> None:
-    """Move every trainable of the adapters away from its initial value."""
+    """Move every trainable of the adapters away from its initial value, and constant pairs too."""
     generator = torch.Generator().manual_seed(3000 + seed)
     owners = adapter_parameter_owners(model)
     for _, parameter in vl.trainable_parameters(model):
@@ -163,6 +166,10 @@ def randomise(model: nn.Module, seed: int = 0) -> None:
             continue
         noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
         parameter.add_(0.3 * noise.to(parameter.dtype))
+    for delta in (item for item in model.modules() if isinstance(item, PairDelta)):
+        for tensor in delta.frozen().values():
+            noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
+            tensor.add_(0.3 * noise.to(tensor.dtype))
 
 
 def host_of(model: nn.Module) -> Host:

@@ -26,6 +26,7 @@ from tests.contract.cases import (
 from tests.contract.kinds import FEW, KINDS
 from tests.tolerances import assert_close
 from visionlora.errors import AdapterFileError
+from visionlora.methods.base import Delta
 
 
 @pairs(DEFAULTS, KINDS)
@@ -79,7 +80,7 @@ def test_a_saved_adapter_gives_the_same_output_in_a_fresh_model(config, kind, tm
     other = adapted(config, kind, seed=9).eval()
     assert not torch.equal(other(*inputs), model(*inputs))
     assert torch.equal(vl.load(other, path)(*inputs), model(*inputs))
-    # A and B of the file itself: no storage twice, no frozen tensor
+    # A and B of the file itself: no storage twice; constants only where they cannot be drawn
     tensors = load_file(path)
     assert sum(item.numel() for item in tensors.values()) == count
 

@@ -1,4 +1,4 @@
-"""The rank-allocating methods with options that make every phase happen in a short run."""
+"""The methods with a controller, and options that make every phase happen in a short run."""
 
 STEPS = 24
 
@@ -9,4 +9,6 @@ METHODS = {
     "increlora-frozen-reserve": ("increlora", {"target": 2.0, "top": 2, "advance": False}),
     "diffora": ("diffora", {"rank": 2, "search": 0.4}),
     "diffora-drop": ("diffora", {"rank": 2, "search": 0.4, "sharing": "drop"}),
+    "spiel": ("spiel", {"density": 0.3, "every": 5, "observe": 3}),
+    "spiel-sm3": ("spiel", {"density": 0.3, "every": 5, "observe": 3, "selection": "sm3"}),
 }

@@ -1,4 +1,4 @@
-"""Laws of every rank-allocating method, on every kind of site: train, finalise, save, merge."""
+"""Laws of every method with a controller, on every kind of site: train, finalise, save, merge."""
 
 import pytest
 import torch
@@ -21,6 +21,7 @@ SHORT = {
     "adalora": {"rank": 2, "target": 1.0, "interval": 2},
     "increlora": {"target": 2.0, "add": 1, "watch": 2},
     "diffora": {"rank": 2, "search": 0.5},
+    "spiel": {"density": 0.3, "every": 4, "observe": 2},
 }
 
 

@@ -6,6 +6,7 @@ on_step_begin      before the first forward: masks, noise seeds, perturbations
 penalty            once per micro-batch: a term that is added to its loss
   (backward; after the last one gradients are unscaled and averaged over processes)
 second_pass        for the one dynamics that wants it: may call `context.backward_again()`
+on_backward_end    after the last backward, of a skipped step too: put back what was moved
 on_grads_ready     gradients are final up to clipping
   (clipping)
 on_grads_clipped   the last look at the gradients
@@ -14,7 +15,9 @@ on_step_end        always, also after a skipped step, so that a perturbation can
   (zero_grad)
 ```
 
-A step with a non-finite loss or gradient goes from its backward straight to `on_step_end`.
+A step with a non-finite loss or gradient goes from its backward straight to `on_step_end`. Where an
+exception ends a step, `on_step_failed` is called instead. Between `on_step_begin` and these two a
+dynamics may hold the model in another state, which it puts back from copies.
 Dynamics run in the given order, those with `controls` before all others.
 """
 
@@ -49,7 +52,9 @@ class StepContext:
     skipped: bool = False
     """Whether the step was given up because of a non-finite loss or gradient."""
     micro_batch: int = 0
-    """Index of the micro-batch that `penalty` is asked for."""
+    """Index of the micro-batch that `penalty` is asked for, and that is differentiated then."""
+    micro_batches: int = 1
+    """How many micro-batches the step has."""
     loss_scale: float = 1.0
     """What a gradient is divided by after the backward, for those who look at one inside it."""
     mean: Callable[[torch.Tensor], torch.Tensor] = _unchanged
@@ -91,6 +96,9 @@ class Dynamics:
     def second_pass(self, context: StepContext) -> None:
         """Compute gradients a second time and combine them with the first."""
 
+    def on_backward_end(self, context: StepContext) -> None:
+        """Put back what was moved for the forwards, before anyone else looks at the model."""
+
     def on_grads_ready(self, context: StepContext) -> None:
         """Act on complete gradients before clipping."""
 
@@ -99,6 +107,15 @@ class Dynamics:
 
     def on_step_end(self, context: StepContext) -> None:
         """Act after the optimiser, or after a skipped step."""
+
+    def on_step_failed(self, context: StepContext) -> None:
+        """Put back what `on_step_begin` changed; an exception is on its way to the caller."""
+
+    def on_run_end(self) -> None:
+        """Put back what lasts longer than a step, such as frozen flags: the run is over.
+
+        Called once by `Stepper.finish`, whether the run is complete, interrupted or failed.
+        """
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs: nested dicts and lists of numbers and tensors."""

@@ -103,7 +103,26 @@ class Stepper:
             replay=again,
             loss_scale=self.backend.loss_scale(),
             mean=self.backend.mean,
+            micro_batches=len(micro_batches),
         )
+        try:
+            self._run(context, micro_batches, loss_fn, replay)
+        except BaseException:
+            for dynamics in self.dynamics:
+                dynamics.on_step_failed(context)
+            raise
+        self.optimizer.zero_grad(set_to_none=True)
+        self._reach_checked = self._reach_checked and not context.changed
+        return self._account(context)
+
+    def _run(
+        self,
+        context: StepContext,
+        micro_batches: Sequence[Any],
+        loss_fn: LossFn,
+        replay: Replay | None,
+    ) -> None:
+        """Run the events of one step."""
         for dynamics in self.dynamics:
             dynamics.on_step_begin(context)
         if replay is not None:
@@ -114,6 +133,12 @@ class Stepper:
         context.skipped = not (math.isfinite(context.loss) and math.isfinite(context.grad_norm))
         if not context.skipped:
             self._check_reach()
+            for dynamics in self.dynamics:
+                if dynamics.wants_second_pass:
+                    dynamics.second_pass(context)
+        for dynamics in self.dynamics:
+            dynamics.on_backward_end(context)
+        if not context.skipped:
             self._prepare_gradients(context)
         if context.skipped:
             self.backend.skip()
@@ -121,9 +146,6 @@ class Stepper:
             self.backend.step(self.optimizer)
         for dynamics in self.dynamics:
             dynamics.on_step_end(context)
-        self.optimizer.zero_grad(set_to_none=True)
-        self._reach_checked = self._reach_checked and not context.changed
-        return self._account(context)
 
     def _accumulate(
         self, context: StepContext, micro_batches: Sequence[Any], loss_fn: LossFn
@@ -154,9 +176,6 @@ class Stepper:
 
     def _prepare_gradients(self, context: StepContext) -> None:
         """Run the events between backward and optimiser, and clip in between."""
-        for dynamics in self.dynamics:
-            if dynamics.wants_second_pass:
-                dynamics.second_pass(context)
         for dynamics in self.dynamics:
             dynamics.on_grads_ready(context)
         if self.dynamics:
@@ -217,6 +236,11 @@ class Stepper:
                 "try a smaller learning rate, clip_norm or another precision"
             )
         return report
+
+    def finish(self) -> None:
+        """Let every dynamics put back what lasted longer than a step; no step may follow."""
+        for dynamics in self.dynamics:
+            dynamics.on_run_end()
 
     def state_dict(self) -> dict[str, Any]:
         """Return counters and the state of every dynamics."""

@@ -131,6 +131,10 @@ def _check(file: AdapterFile, first: AdapterFile, layout: Layout) -> None:
                 f"{file.path} holds {config.method}; a generator learns from plain LoRA, so "
                 "convert it first"
             )
+        if config.offset:  # type: ignore[attr-defined]
+            raise AdapterFileError(
+                f"{file.path} began at a part of the weight; convert it to plain LoRA first"
+            )
     if difference := layout.difference(Layout.of(file.tensors)):
         raise AdapterFileError(
             f"{file.path} has another architecture than {first.path}: {difference}"

@@ -4,7 +4,7 @@
 |---|---|
 | `adapter.<module>.<site>.<name>` | trainables of one site |
 | `shared.<name>` | trainables of the model-level state |
-| `frozen.<module>.<site>.<name>`, `frozen.shared.<name>` | seeded tensors |
+| `frozen.<module>.<site>.<name>`, `frozen.shared.<name>` | constants: drawn, or carried |
 | `base.<parameter or buffer>` | trained heads, and buffers that training changed |
 """
 
@@ -20,9 +20,6 @@ from visionlora.hosts.base import parameter_name, stored, view_of
 from visionlora.methods.base import Delta, Shared
 from visionlora.record import hosts_of
 from visionlora.sites import Site
-
-_CARRIED = "frozen_from_file"
-"""Attribute of a module whose seeded tensors were read from a file."""
 
 Entries = list[tuple[Site, Delta]]
 
@@ -91,25 +88,25 @@ def mark_carried(
     keys = set(tensors)
     for module, held in _owners(placed, shared):
         if keys & set(held):
-            setattr(module, _CARRIED, True)
+            module.carried = True
 
 
 def carried_tensors(
     placed: Iterable[tuple[str, Delta]], shared: Shared | None
 ) -> dict[str, Tensor]:
-    """Return the seeded tensors that came from a file, by file key."""
+    """Return the constant tensors that cannot be drawn again, by file key."""
     result: dict[str, Tensor] = {}
     for module, held in _owners(placed, shared):
-        if getattr(module, _CARRIED, False):
+        if module.carried:
             result |= held
     return result
 
 
 def _owners(
     placed: Iterable[tuple[str, Delta]], shared: Shared | None
-) -> list[tuple[nn.Module, dict[str, Tensor]]]:
-    """Return each module that has seeded tensors, with these."""
-    owners: list[tuple[nn.Module, dict[str, Tensor]]] = [
+) -> list[tuple[Delta | Shared, dict[str, Tensor]]]:
+    """Return each module that has constant tensors, with these."""
+    owners: list[tuple[Delta | Shared, dict[str, Tensor]]] = [
         (delta, seeded_tensors([(path, delta)], None)) for path, delta in placed
     ]
     if shared is not None:

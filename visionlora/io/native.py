@@ -36,7 +36,7 @@ def save(
         path: the file; folders are made, an old file is replaced only when the new one is complete.
         name: which adapter; may be omitted if there is one.
         frozen: store seeded tensors too, instead of drawing them again when the file is loaded.
-            Those that were loaded from a file themselves always are.
+            Those that cannot be drawn again, or came from a file themselves, always are.
 
     Raises:
         AdapterStateError: there is no such adapter.
@@ -103,6 +103,8 @@ def load(
         seeded = contents.seeded_tensors(placed, shared)
         targets = contents.trained_tensors(placed, shared)
         targets |= {key: tensor for key, tensor in seeded.items() if key in file.tensors}
+        if prepared is not None:
+            targets |= contents.carried_tensors(placed, shared)
         targets |= _base_targets(model, file.tensors)
         checks.check_fit(file.tensors, targets)
         checks.check_seeded(file, seeded)

@@ -30,18 +30,20 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from visionlora.config import LowRankConfig
+from visionlora.config import Form
 from visionlora.errors import ConfigError
-from visionlora.methods.base import Delta, Shared, uniform
+from visionlora.methods.base import Shared, uniform
+from visionlora.methods.parts.pair import PairConfig, PairDelta
 from visionlora.registry import register
 from visionlora.sites import Site
 
 
 @dataclass(frozen=True, kw_only=True)
-class BlockLoRAConfig(LowRankConfig):
+class BlockLoRAConfig(PairConfig):
     """Options of Block-LoRA; the defaults are the CLIP few-shot recipe."""
 
     method: ClassVar[str] = "block-lora"
+    form: ClassVar[Form] = "blocks"
 
     rank: int = 2
     """Nominal rank r."""
@@ -77,18 +79,18 @@ class BlockLoRAConfig(LowRankConfig):
             )
 
 
-class BlockLoRA(Delta):
+class BlockLoRA(PairDelta):
     """Several up-projections on one shared down-projection block."""
 
     def __init__(self, config: BlockLoRAConfig, site: Site, shared: Shared | None = None) -> None:
         super().__init__(config, site, shared)
-        self.options = config
         self.in_features = site.in_features
         by_rank = config.layout == "rank"
         self.fold = 1 if by_rank else config.blocks
         self.arms = config.blocks if by_rank else 1
         self.A = nn.Parameter(torch.empty(config.rank // self.arms, site.in_features // self.fold))
         self.B = nn.Parameter(torch.empty(site.out_features, config.rank))
+        self.add_constant(self.A.shape[1])
 
     @torch.no_grad()
     def reset_parameters(self, weight: Float[Tensor, "out in"], generator: torch.Generator) -> None:
@@ -96,7 +98,7 @@ class BlockLoRA(Delta):
         self.A.copy_(uniform(tuple(self.A.shape), self.in_features**-0.5, generator))
         self.B.zero_()
 
-    def factors(self) -> tuple[Float[Tensor, "out rank"], Float[Tensor, "rank folded"]]:
+    def trained_pair(self) -> tuple[Float[Tensor, "out rank"], Float[Tensor, "rank folded"]]:
         """Return the sum of the arms and the shared block."""
         if self.arms == 1:
             return self.B, self.A

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from visionlora.config import AdapterConfig
+from visionlora.config import AdapterConfig, Form
 from visionlora.methods.base import Delta, Shared
 from visionlora.registry import register
 from visionlora.sites import Site
@@ -28,6 +28,7 @@ class FullConfig(AdapterConfig):
     """Options of full."""
 
     method: ClassVar[str] = "full"
+    form: ClassVar[Form] = "full"
 
     bias: bool = False
     """Train the bias of the layers that have one too."""

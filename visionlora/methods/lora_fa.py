@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from visionlora.config import LowRankConfig
+from visionlora.config import Form, LowRankConfig
 from visionlora.methods.base import Delta, Shared, uniform
 from visionlora.registry import register
 from visionlora.sites import Site
@@ -26,6 +26,7 @@ class LoRAFAConfig(LowRankConfig):
     """Options of LoRA-FA."""
 
     method: ClassVar[str] = "lora-fa"
+    form: ClassVar[Form] = "frozen-down"
 
 
 class LoRAFA(Delta):

@@ -17,17 +17,20 @@ precision may find other ones: such a file is refused with the advice to save wi
 """
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from visionlora.config import LowRankConfig
+from visionlora.config import Form, LowRankConfig
 from visionlora.methods.base import Delta, Shared
 from visionlora.methods.parts.decompose import truncated_svd
 from visionlora.registry import register
 from visionlora.sites import Site
+
+if TYPE_CHECKING:
+    from visionlora.init.base import Start
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +38,7 @@ class LoRAXSConfig(LowRankConfig):
     """Options of LoRA-XS."""
 
     method: ClassVar[str] = "lora-xs"
+    form: ClassVar[Form] = "core"
 
     init: Literal["normal", "zero"] = "normal"
     """`normal`: R from N(0, (1e-5)^2). `zero`: R = 0, so that nothing changes at first."""
@@ -78,6 +82,14 @@ class LoRAXS(Delta):
             self.R.copy_(torch.empty(self.R.shape).normal_(0.0, 1e-5, generator=generator))
         else:
             self.R.zero_()
+
+    @torch.no_grad()
+    def begin(self, start: "Start", weight: Float[Tensor, "out in"]) -> None:
+        """Take other bases and another core; bases that follow from data are kept in files."""
+        for value, tensor in ((start.up, self.B), (start.down, self.A), (start.core, self.R)):
+            if value is not None:
+                tensor.copy_(value)
+        self.carried = self.carried or start.up is not None or start.down is not None
 
     def factors(self) -> tuple[Float[Tensor, "out rank"], Float[Tensor, "rank in"]]:
         """Return `(B R, A)`."""

@@ -18,24 +18,25 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
+from visionlora.config import LowRankConfig
 from visionlora.errors import ConfigError
-from visionlora.methods.base import Shared
-from visionlora.methods.lora import LoRA, LoRAConfig
+from visionlora.methods.base import Delta, Shared, reset_zero_pair
 from visionlora.ranks.in_squeeze import InSqueeze
 from visionlora.registry import register
 from visionlora.sites import Site
 
 
 @dataclass(frozen=True, kw_only=True)
-class SqueezeLoRAConfig(LoRAConfig):
+class SqueezeLoRAConfig(LowRankConfig):
     """Options of In-Squeeze LoRA."""
 
     method: ClassVar[str] = "squeeze-lora"
 
     init: Literal["zero", "normal"] = "zero"
-    """As for LoRA; an initial pair that is taken off could not be halved with the other."""
+    """`zero`: LoRA's own start. `normal`: both factors from N(0, 0.02^2)."""
 
     start_rank: int | None = None
     """Rank at the beginning of training, at least `rank`; None means 4 * `rank`."""
@@ -55,14 +56,34 @@ class SqueezeLoRAConfig(LoRAConfig):
         return 4 * self.rank if self.start_rank is None else self.start_rank
 
 
-class SqueezeLoRA(LoRA):
+class SqueezeLoRA(Delta):
     """A factor pair that is wider than its target."""
 
     def __init__(self, config: SqueezeLoRAConfig, site: Site, shared: Shared | None = None) -> None:
         super().__init__(config, site, shared)
+        self.options = config
+        self.kind = site.kind
         rank = min(config.current_rank, site.max_rank)
         self.A = nn.Parameter(torch.empty(rank, site.in_features))
         self.B = nn.Parameter(torch.empty(site.out_features, rank))
+
+    @property
+    def zero_at_init(self) -> bool:  # type: ignore[override]
+        """Whether the change starts at zero."""
+        return self.options.init == "zero"
+
+    @torch.no_grad()
+    def reset_parameters(self, weight: Float[Tensor, "out in"], generator: torch.Generator) -> None:
+        """Draw both factors."""
+        if self.options.init == "normal":
+            self.A.copy_(torch.empty(self.A.shape).normal_(0.0, 0.02, generator=generator))
+            self.B.copy_(torch.empty(self.B.shape).normal_(0.0, 0.02, generator=generator))
+        else:
+            reset_zero_pair(self.A, self.B, self.kind, generator)
+
+    def factors(self) -> tuple[Float[Tensor, "out rank"], Float[Tensor, "rank in"]]:
+        """Return `(B, A)`."""
+        return self.B, self.A
 
     def kept(self) -> Tensor:
         """Return that every rank is left, so that the site becomes plain LoRA."""

@@ -13,6 +13,7 @@ from torch import nn
 
 from visionlora.dynamics.stepper import shortlist
 from visionlora.errors import ConfigError, NeverTrainedError
+from visionlora.methods.base import Delta, Shared
 from visionlora.ranks.structure import build_config_from, prepare, structure_of
 
 
@@ -71,6 +72,7 @@ class TrainedState:
             "structure": structure_of(self.model),
             "parameters": {name: p.detach() for name, p in parameters.items()},
             "buffers": changed,
+            "constants": {name: item.detach() for name, item in carried(self.model).items()},
             "optimizer": _capture(self.optimizer, parameters),
         }
 
@@ -98,12 +100,26 @@ class TrainedState:
             saved, ours = ([len(x) for x in g] for g in (groups, _names(self.optimizer, here)))
             raise ConfigError(f"the checkpoint has optimizer groups {saved}, this run {ours}")
         renewal.apply()
+        constants = carried(self.model)
+        _check_shapes(state["constants"], constants, exact=True)
         with torch.no_grad():
+            for name, value in state["constants"].items():
+                constants[name].copy_(value)
             for name, value in state["parameters"].items():
                 here[name].copy_(value)
             for name, value in state["buffers"].items():
                 buffers[name].copy_(value)
         _restore(self.optimizer, state["optimizer"], here)
+
+
+def carried(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return the constant tensors of adapters that cannot be drawn again, by module and name."""
+    return {
+        f"{prefix}.{name}": tensor
+        for prefix, module in model.named_modules()
+        if isinstance(module, Delta | Shared) and module.carried
+        for name, tensor in module.frozen().items()
+    }
 
 
 def _check_start(saved: list[Any], here: list[Any]) -> None:

@@ -10,19 +10,22 @@ the pair of the output is read with twice its scale and written with half of it.
 
 A pair of a higher rank than its layer can have is replaced by one with the same product.
 
-Where `init_lora_weights` is `pissa` or `olora`, PEFT takes the initial pair off the base weight
-whenever it loads the file, and so does our LoRA of that `init`, without touching the weight. PEFT
-has these for Linear layers only. Other values that change the base (`pissa_niter_4`, `corda`,
+Where `init_lora_weights` is `pissa` or `olora`, PEFT computes the initial pair from the base weight
+whenever it loads the file, and takes it off that weight. Here it becomes the constant pair that is
+taken off the change, so the weights of the base model must be known. PEFT has these for Linear
+layers only. Other values that change the base (`pissa_niter_4`, `corda`,
 `loftq`, `lora_ga`) depend on chance, data or precision beside the weight: they are refused.
 """
 
 from collections.abc import Mapping as Table
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from visionlora.config import AdapterConfig
 from visionlora.errors import AdapterFileError
+from visionlora.init.base import Given
 from visionlora.io.parts import AdapterParts, Entry
 from visionlora.io.peft.config import by_pattern
 from visionlora.io.peft.mapping import (
@@ -42,8 +45,8 @@ from visionlora.io.peft.pairs import (
 from visionlora.io.peft.stack import stacked
 from visionlora.io.plain import Pair, fitting
 from visionlora.methods.dora import DoRA
-from visionlora.registry import build_config
-from visionlora.sites import WHOLE
+from visionlora.registry import build_config, build_initialiser
+from visionlora.sites import WHOLE, Site
 
 _HARMLESS_INITS = (True, "gaussian", "orthogonal", "eva")
 _RESIDUAL_INITS = ("pissa", "olora")
@@ -110,6 +113,8 @@ class LoRAMapping(Mapping):
                 else _config(source, layer, rank, kind, values)
             )
             result.add(site, config, values)
+            if _is_residual(source):
+                result.freeze(site.name, _constant_pair(source, site, config))
         return result
 
     def write(self, parts: AdapterParts) -> Written | None:
@@ -144,7 +149,8 @@ def _joint_dora(
     if sites[0].key == WHOLE:
         (delta,) = deltas
         assert isinstance(delta, DoRA)
-        return delta.A, delta.B, delta.magnitude, delta.scale
+        up, down = delta.inner_pair()
+        return down, up, delta.magnitude, delta.scale
     weight = parts.known.tensor(f"{layer}.weight")
     rows = [site.rows for site in sites]
     taken = [row for start, stop in filter(None, rows) for row in range(start, stop)]
@@ -162,7 +168,8 @@ def _factors(entry: Entry) -> Pair:
     """Return the factor pair of DoRA, without its norms."""
     delta = entry.delta
     assert isinstance(delta, DoRA)
-    return Pair(entry.site, delta.B.detach(), delta.A.detach(), delta.scale, 0.0, 0.0)
+    up, down = delta.inner_pair()
+    return Pair(entry.site, up.detach(), down.detach(), delta.scale, 0.0, 0.0)
 
 
 def _config(
@@ -175,11 +182,11 @@ def _config(
 ) -> AdapterConfig:
     alpha = by_pattern(source.option("alpha_pattern"), layer, source.config["lora_alpha"])
     fitted, rooted = values["A"].shape[0], bool(source.option("use_rslora"))
-    init = {"init": source.option("init_lora_weights")} if _is_residual(source) else {}
+    constant = {"offset": values["A"].shape[0]} if _is_residual(source) else {}
     return build_config(
         "dora" if "magnitude" in values else "lora",
         {
-            **init,
+            **constant,
             "rank": fitted,
             # The scale stays that of the nominal rank where a layer is too small for it.
             "alpha": times * float(alpha) * ((fitted / rank) ** (0.5 if rooted else 1.0)),
@@ -191,6 +198,29 @@ def _config(
 
 def _is_residual(source: Source) -> bool:
     return source.option("init_lora_weights") in _RESIDUAL_INITS
+
+
+def _constant_pair(source: Source, site: Site, config: AdapterConfig) -> dict[str, Tensor]:
+    """Return the pair that PEFT computes from the weight and takes off it."""
+    weight = source.known.weight(site)
+    if weight is None:
+        raise AdapterFileError(
+            f"the initial pair of {site.name} depends on the base weights: load the adapter into "
+            "its model, or give the base model (--base FILE.safetensors)"
+        )
+    start = build_initialiser(source.option("init_lora_weights")).start(
+        Given(
+            site=site,
+            form=config.form,
+            weight=weight.detach().to("cpu", torch.float64),
+            rank=config.offset,  # type: ignore[attr-defined]
+            scale=config.scale,  # type: ignore[attr-defined]
+            generator=torch.Generator(),
+        )
+    )
+    assert start.up is not None
+    assert start.down is not None
+    return {"A0": start.down, "B0": start.up}
 
 
 def _nominal_rank(source: Source, layer: str, down: Tensor) -> int:

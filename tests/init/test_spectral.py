@@ -192,17 +192,15 @@ def test_plain_lora_keeps_its_lean_pair():
 # -- files
 
 
-@pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("kind", LAYERS)
 @pytest.mark.parametrize("init", INITS)
-def test_a_file_restores_the_function(init, kind, frozen, tmp_path):
+def test_a_file_restores_the_function(init, kind, tmp_path):
     model, target, x = build(kind)
     base = copy.deepcopy(model)
     vl.inject(model, init, targets=target, rank=2, alpha=3.0)
     disturb(model).eval()
-    path = vl.save(model, tmp_path / "a.safetensors", frozen=frozen)
-    names = {key.rsplit(".", 1)[-1] for key in load_file(path)}
-    assert names == ({"A", "B", "A0", "B0"} if frozen else {"A", "B"})
+    path = vl.save(model, tmp_path / "a.safetensors")
+    assert {key.rsplit(".", 1)[-1] for key in load_file(path)} == {"A", "B", "A0", "B0"}
     assert trained_names(model) == {"A", "B"}
     assert torch.equal(run(vl.load(base, path).eval(), x), run(model, x))
     vl.load(model, path)  # a second time nothing is taken off again
@@ -210,24 +208,24 @@ def test_a_file_restores_the_function(init, kind, frozen, tmp_path):
 
 
 @pytest.mark.parametrize("init", INITS)
-def test_another_base_is_recognised_by_the_pair(init, tmp_path):
-    path = vl.save(disturb(adapted_chain(init, (8, 8), rank=3)), tmp_path / "a.safetensors")
+def test_the_constant_pair_does_not_depend_on_the_machine_that_loads_it(init, tmp_path):
+    model = disturb(adapted_chain(init, (8, 8), rank=3))
+    path = vl.save(model, tmp_path / "a.safetensors")
     other = chain((8, 8))
     with torch.no_grad():
         other[0].weight[1] += 1e-3
-    with pytest.raises(AdapterFileError, match="frozen=True"):
-        vl.load(other, path)
+    assert_close(change_of(vl.load(other, path)[0]), change_of(model[0]))
 
 
 @pytest.mark.parametrize(
     ("there", "here"),
-    [("pissa", "lora"), ("lora", "pissa"), ("olora", "pissa"), ("lorat", "olora")],
+    [("pissa", "lora"), ("lora", "pissa"), ("lorat", "olora")],
 )
-def test_values_of_another_init_are_refused(there, here, tmp_path):
+def test_values_of_another_kind_of_start_are_refused(there, here, tmp_path):
     path = vl.save(adapted_chain(there, (8, 8), rank=3), tmp_path / "a.safetensors")
     model = adapted_chain(here, (8, 8), rank=3)
     before = {key: item.clone() for key, item in model.state_dict().items()}
-    with pytest.raises(AdapterFileError, match=r"0\.weight has init '.*' in the model and '.*' in"):
+    with pytest.raises(AdapterFileError, match=r"0\.weight has offset \d in the model and \d in"):
         vl.load(model, path)
     assert all(torch.equal(model.state_dict()[key], item) for key, item in before.items())
 
@@ -243,11 +241,10 @@ def test_inits_of_one_function_are_exchangeable(tmp_path):
 # -- refusals
 
 
-@pytest.mark.parametrize("init", INITS)
 @pytest.mark.parametrize("alpha", [0.0, -2.0])
-def test_a_scale_without_a_root_is_refused(init, alpha):
+def test_a_scale_without_a_root_is_refused(alpha):
     with pytest.raises(ConfigError, match="needs a positive alpha, got"):
-        LoRAConfig(init=init, alpha=alpha)
+        adapted_chain("pissa", (8, 8), rank=3, alpha=alpha)
 
 
 def test_weights_without_a_decomposition_are_refused():
@@ -276,7 +273,7 @@ def test_a_zero_weight_can_be_trained_from_its_qr():
 
 
 def test_layers_whose_weight_may_still_come_are_refused():
-    with pytest.raises(ConfigError, match="call inject on the finished model"):
+    with pytest.raises(ConfigError, match="on the finished model"):
         LoRALinear(8, 8, rank=2, init="pissa")
     with pytest.raises(ConfigError, match="init must be one of 'zero', 'normal'"):
         vl.build_config("squeeze-lora", {"init": "pissa"})
@@ -285,5 +282,5 @@ def test_layers_whose_weight_may_still_come_are_refused():
 @pytest.mark.parametrize("init", INITS)
 def test_the_count_is_that_of_lora(init):
     model = adapt(nn.Linear(10, 14), init, rank=4)
-    expected = LoRA.parameter_count(LoRAConfig(rank=4, init=init), 14, 10)
+    expected = LoRA.parameter_count(LoRAConfig(rank=4), 14, 10)
     assert sum(item.numel() for _, item in vl.trainable_parameters(model)) == expected == 96
