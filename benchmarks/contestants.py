@@ -19,6 +19,7 @@ from visionlora.registry import build_config
 
 CLASSES = 100
 LAYERS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+TARGETS = [f"blocks.*.{layer}" for layer in LAYERS]
 # What a method is used with, where that is not the common rank: a random basis has few trained
 # scalars per rank, so it is used with many; a bank of vectors has many; LoLDU keeps all pivots.
 USUAL_RANK: dict[str, int | None] = {
@@ -76,13 +77,18 @@ def full_finetuning(base: nn.Module) -> Contestant:
 
 def method_config(method: str, rank: int | None) -> AdapterConfig:
     """Return our configuration: defaults, no dropout, and the rank asked for or usual."""
+    return build_config(method, usual_options(method, rank))
+
+
+def usual_options(method: str, rank: int | None) -> dict[str, Any]:
+    """Return the options that all methods are measured with, as far as a method has them."""
     fields = {field.name for field in dataclasses.fields(vl.get_method(method).config)}
     options: dict[str, Any] = {}
     if "rank" in fields:
         options["rank"] = rank or USUAL_RANK.get(method, DEFAULT_RANK)
     if "dropout" in fields:
         options["dropout"] = 0.0
-    return build_config(method, options)
+    return options
 
 
 def check_sites(base: nn.Module, config: AdapterConfig) -> None:
@@ -102,5 +108,5 @@ def adapted(base: nn.Module, method: str, rank: int | None) -> Iterator[Contesta
         model = peft.get_peft_model(copy.deepcopy(base), settings)
         yield Contestant("peft", method, used, model)
     model = copy.deepcopy(base)
-    vl.inject(model, config, targets=[f"blocks.*.{layer}" for layer in LAYERS])
+    vl.inject(model, config, targets=TARGETS)
     yield Contestant("visionlora", method, used, model)

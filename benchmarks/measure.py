@@ -1,19 +1,24 @@
 """Time and saved bytes of one training step, relative to the floor.
 
 Contestants take turns with the floor in one process, and each ratio is taken inside one round, so
-that a machine that slows down slows both sides; the median over the rounds is reported.
+that a machine that slows down slows both sides; the median over the rounds is reported. The turns,
+the ratio and the clock serve the other tables of this folder as well.
 """
 
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.contestants import CLASSES, Contestant
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -51,21 +56,15 @@ def measure(
     """
     deadline = time.monotonic() + 60 * minutes
     saved = [saved_bytes(contestant.model, batch) for contestant in group]
-    steps: list[list[float]] = [[] for _ in group]
-    forwards: list[list[float]] = [[] for _ in group]
-    for round_ in range(repeats):
-        if round_ and time.monotonic() > deadline:
-            break
-        for place in range(len(group)):
-            index = (place + round_) % len(group)  # no one always runs first
-            forward, total = timed_step(group[index].model, batch, clock)
-            forwards[index].append(forward)
-            steps[index].append(total)
+    turns = [partial(timed_step, contestant.model, batch, clock) for contestant in group]
+    times = in_turns(turns, repeats, deadline)
+    forwards = [[forward for forward, _ in own] for own in times]
+    steps = [[total for _, total in own] for own in times]
     return [
         Result(
             contestant,
-            step_ratio=_median_ratio(steps[index], steps[0]),
-            forward_ratio=_median_ratio(forwards[index], forwards[0]),
+            step_ratio=median_ratio(steps[index], steps[0]),
+            forward_ratio=median_ratio(forwards[index], forwards[0]),
             saved_ratio=saved[index] / saved[0],
             step_seconds=statistics.median(steps[index]),
             saved_bytes=saved[index],
@@ -73,6 +72,34 @@ def measure(
         )
         for index, contestant in enumerate(group)
     ]
+
+
+def in_turns(group: Sequence[Callable[[], T]], repeats: int, deadline: float) -> list[list[T]]:
+    """Call all members once per round, and return what each returned, round by round.
+
+    No round is begun after the deadline, except the first.
+    """
+    found: list[list[T]] = [[] for _ in group]
+    for round_ in range(repeats):
+        if round_ and time.monotonic() > deadline:
+            break
+        for place in range(len(group)):
+            index = (place + round_) % len(group)  # no one always runs first
+            found[index].append(group[index]())
+    return found
+
+
+def clock_for(threads: int) -> Callable[[], float]:
+    """Return the clock to time with.
+
+    The CPU time of several threads adds up, their waiting included; one thread's does not.
+    """
+    return time.process_time if threads == 1 else time.perf_counter
+
+
+def median_ratio(values: Sequence[float], floor: Sequence[float]) -> float:
+    """Return the median over the rounds of the ratio within a round."""
+    return statistics.median(value / base for value, base in zip(values, floor, strict=True))
 
 
 def timed_step(
@@ -112,7 +139,3 @@ def saved_bytes(model: nn.Module, batch: tuple[Tensor, Tensor]) -> int:
 
 def _address(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
-
-
-def _median_ratio(values: Sequence[float], floor: Sequence[float]) -> float:
-    return statistics.median(value / base for value, base in zip(values, floor, strict=True))

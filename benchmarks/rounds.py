@@ -19,7 +19,7 @@ from benchmarks.contestants import (
     full_finetuning,
     method_config,
 )
-from benchmarks.measure import Result, make_batch, measure
+from benchmarks.measure import Result, clock_for, make_batch, measure
 from benchmarks.peers import PEERS
 
 
@@ -59,8 +59,7 @@ def measured(
     deadline = time.monotonic() + 60 * minutes
     batch = make_batch(plan.base, batch_size)
     ground = floor(plan.base)
-    # The CPU time of several threads adds up, their waiting included; one thread's does not.
-    clock = time.process_time if threads == 1 else time.perf_counter
+    clock = clock_for(threads)
     for index, method in enumerate([None, *plan.methods]):
         share = (deadline - time.monotonic()) / 60 / (1 + len(plan.methods) - index)
         if method is None:

@@ -28,8 +28,7 @@ if TYPE_CHECKING:
 def main(argv: list[str] | None = None) -> None:
     """Measure what the command line asks for, print the table, write the JSON lines."""
     options = parse_arguments(argv)
-    if options.json is not None and not options.json.resolve().parent.is_dir():
-        raise OutputError(f"cannot write {options.json}: its folder does not exist")
+    check_json(options.json)
     for method in options.methods if options.methods != ["all"] else ():
         vl.get_method(method)
     try:  # here, so that --help and an unknown method need neither timm nor PEFT
@@ -107,21 +106,35 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         metavar="NAME",
         help="methods or presets, or all; default: every registered method that PEFT has too",
     )
+    add_setting(parser, repeats=5, minutes=9.0)
+    return parser.parse_args(argv)
+
+
+def add_setting(parser: argparse.ArgumentParser, *, repeats: int, minutes: float) -> None:
+    """Add the options that say what is measured with, and for how long."""
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write one line per row")
     parser.add_argument(
         "--rank", type=_count, help="rank of every method; default: 8, for VeRA 256"
     )
     parser.add_argument("--batch", type=_count, default=8, help="images per step (8)")
     parser.add_argument("--depth", type=_count, default=2, help="transformer blocks (2)")
-    parser.add_argument("--repeats", type=_count, default=5, help="timed rounds (5)")
+    parser.add_argument("--repeats", type=_count, default=repeats, help=f"timed rounds ({repeats})")
     parser.add_argument("--threads", type=_count, default=1, help="torch threads (1)")
     parser.add_argument(
-        "--minutes", type=float, default=9.0, help="begin no further round after this time (9)"
+        "--minutes",
+        type=float,
+        default=minutes,
+        help=f"begin no further round after this time ({minutes:g})",
     )
     parser.add_argument(
         "--model", default="vit_base_patch16_224", help="a plain vision transformer of timm"
     )
-    return parser.parse_args(argv)
+
+
+def check_json(path: Path | None) -> None:
+    """Refuse an output whose folder is missing, before anything is measured."""
+    if path is not None and not path.resolve().parent.is_dir():
+        raise OutputError(f"cannot write {path}: its folder does not exist")
 
 
 def _count(text: str) -> int:
