@@ -34,6 +34,7 @@ from visionlora.io.atomic import write_atomically
 logger = logging.getLogger("visionlora")
 
 FORMAT = "visionlora-statistics-1"
+FIGURES = ("loss", "batches", "samples")
 _COMPONENTS = ("vectors", "singular", "ratio")
 
 Layout = dict[str, dict[str, str]]
@@ -49,11 +50,13 @@ class Cached:
 
 
 def check_target(path: str | Path) -> None:
-    """Refuse a path where something else than statistics lies.
+    """Refuse a path where something else than statistics may lie.
 
     Raises:
-        OutputError: a sound safetensors file of another kind, or a folder.
+        OutputError: a sound safetensors file of another kind, a folder, or another ending.
     """
+    if Path(path).suffix != ".safetensors":
+        raise OutputError(f"a file of statistics must end in .safetensors, got {path}")
     if Path(path).is_dir():
         raise OutputError(f"cannot write statistics to {path}: it is a folder")
     metadata = _metadata(path)
@@ -97,7 +100,8 @@ def _sound(
         with safetensors.safe_open(Path(path), "pt") as stream:
             tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118
         found = _unpack(json.loads(metadata["layout"]), tensors)
-        figures = {name: float(v) for name, v in json.loads(metadata["figures"]).items()}
+        known = json.loads(metadata["figures"])
+        figures = {name: float(known[name]) for name in FIGURES}
     except (safetensors.SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
     whole = found.keys() == shapes.keys() and all(

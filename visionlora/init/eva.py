@@ -75,8 +75,7 @@ class EVA(Initialiser):
         offers = [
             (-ratio, order, name)
             for order, name in enumerate(configs)
-            for ratio in _found(stats[name], name).ratio[: round(self.rho * old[name])].tolist()
-            if ratio > 0
+            for ratio in _offered(_found(stats[name], name), round(self.rho * old[name]))
         ]
         ranks = dict.fromkeys(configs, 0)
         for _, _, name in sorted(offers)[: sum(old.values())]:
@@ -86,15 +85,13 @@ class EVA(Initialiser):
     def start(self, given: Given) -> Start:
         """Return the components as the rows of A."""
         found = _found(given.stats, given.where)
-        singular = found.singular[: given.rank].double()
-        noise = float(found.singular.max()) * torch.finfo(found.singular.dtype).eps ** 0.5
-        enough = int((singular > noise).sum())
-        if enough < given.rank:
+        there = len(_offered(found, given.rank))
+        if there < given.rank:
             raise ConfigError(
-                f"eva: the inputs of {given.where} have {enough} directions, fewer than rank "
+                f"eva: the inputs of {given.where} have {there} directions, fewer than rank "
                 f"{given.rank}; look at more batches or lower the rank"
             )
-        rows = found.vectors[: given.rank].double()
+        rows, singular = found.vectors[: given.rank], found.singular[: given.rank]
         return Start(down=rows / singular.sqrt()[:, None] if self.whiten else rows)
 
 
@@ -105,6 +102,12 @@ def _found(stats: SiteStats, where: str) -> Components:
             "visionlora.initialise(model, 'eva', batches, loss_fn)"
         )
     return stats.components
+
+
+def _offered(found: Components, count: int) -> list[float]:
+    """Return the ratios of the first components, without those that are only rounding."""
+    noise = 10 * torch.finfo(found.ratio.dtype).eps
+    return found.ratio[:count][found.ratio[:count] > noise].tolist()
 
 
 register_initialiser(EVA)
