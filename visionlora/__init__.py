@@ -15,6 +15,7 @@ from visionlora.api import (
 )
 from visionlora.compose import Recipe, parse
 from visionlora.config import AdapterConfig
+from visionlora.dynamics import catalogue as _catalogue  # noqa: F401  registers them
 from visionlora.errors import VisionLoraError
 from visionlora.freeze import freeze_routing
 from visionlora.groups import parameter_groups

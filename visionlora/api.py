@@ -7,7 +7,7 @@ touched.
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 from torch import nn
 
@@ -255,8 +255,8 @@ def _as_config(
         )
     if options.get("offset"):
         raise ConfigError(f"{method}: offset is set by initialisers and restarts, not by hand")
-    if init is not None and "init" in get_method(recipe.method).config.__dataclass_fields__:
-        return recipe.config(**options, init=init), None  # the method's own choice of that name
+    if init is not None and init in own_starts(get_method(recipe.method).config):
+        return recipe.config(**options, init=init), None
     if init is not None and recipe.init is not None:
         raise ConfigError(f"{method} brings its own start: leave out init={init!r}")
     start = recipe.init if init is None else build_initialiser(init)
@@ -264,6 +264,11 @@ def _as_config(
     if start is not None:
         check_form(start, config)
     return config, start
+
+
+def own_starts(config: type[AdapterConfig]) -> tuple[Any, ...]:
+    """Return the values of a method's own option `init`, if it has one."""
+    return get_args(get_type_hints(config).get("init"))
 
 
 def _hosts(model: nn.Module) -> dict[str, Host]:

@@ -12,12 +12,14 @@ from tasks.fewshot.classifier import Encoder
 from tasks.fewshot.images import Augmentation
 from tasks.fewshot.sampling import ShortClass
 from tasks.fewshot.text import check_templates
+from visionlora.compose import Recipe, parse
 from visionlora.config import LowRankConfig
 from visionlora.errors import ConfigError
-from visionlora.registry import build_config, get_method
+from visionlora.registry import get_method
 
 ADAM_BETAS = (0.9, 0.999)
 WEIGHT_DECAY = 1e-2
+INIT_BATCHES = 8
 ETA_MIN = 1e-6
 """The cosine schedule ends at this learning rate."""
 
@@ -53,9 +55,11 @@ class FewshotConfig:
     template: list[str] | None = None
     """Prompts with {} for the class name; several are averaged. Default: the data set's own."""
     method: str = "block-lora"
-    """Registered method or preset."""
+    """Method or preset, or a product with an initialiser and dynamics: block-lora+lora-ga+glad."""
     adapter: dict[str, Any] = field(default_factory=dict)
     """Options of the method, as in --adapter.rank 2 --adapter.layout grid."""
+    init_batches: int | None = None
+    """Training batches that an initialiser looks at, if it looks at data (8)."""
     encoder: Encoder = "both"
     """Which towers get adapters."""
     params: list[str] = field(default_factory=lambda: ["q", "k", "v"])
@@ -91,7 +95,7 @@ class FewshotConfig:
 
     def __post_init__(self) -> None:
         """Check ranges, and that the method has the options."""
-        for name in ("shots", "steps", "batch_size", "limit_steps", "limit_test"):
+        for name in ("shots", "steps", "batch_size", "limit_steps", "limit_test", "init_batches"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
@@ -102,6 +106,21 @@ class FewshotConfig:
         if self.template is not None:
             check_templates(self.template)
         self.adapter_options(self.seed[0])
+        if self.init_batches is not None and not self.looks_at_data:
+            raise ConfigError(
+                f"--init-batches: {self.method} starts without looking at data; leave it out"
+            )
+
+    @property
+    def recipe(self) -> Recipe:
+        """The method with its initialiser and dynamics."""
+        return parse(self.method)
+
+    @property
+    def looks_at_data(self) -> bool:
+        """Whether the initial values follow from training batches."""
+        init = self.recipe.init
+        return init is not None and bool(init.needs)
 
     def resolved(self, templates: tuple[str, ...]) -> "FewshotConfig":
         """Return the settings with everything filled in that the user left open."""
@@ -117,18 +136,21 @@ class FewshotConfig:
             steps=min(steps, self.limit_steps or steps),
             template=self.template or list(templates),
             adapter={key: value for key, value in options.items() if key != "seed"},
+            init_batches=(self.init_batches or INIT_BATCHES) if self.looks_at_data else None,
         )
 
     def adapter_options(self, seed: int) -> dict[str, Any]:
         """Return all options of the method: recipe, then the user's, then the run's seed."""
-        fields = get_method(self.method).config
+        recipe = self.recipe
+        fields = get_method(recipe.method).config
         own = {item.name for item in dataclasses.fields(fields)}
-        recipe = RECIPE if issubclass(fields, LowRankConfig) else {}
-        options = {key: value for key, value in recipe.items() if key in own}
+        usual = {**RECIPE} if issubclass(fields, LowRankConfig) else {}
         if self.backbone == TINY:
-            options |= NARROW.get(fields.method, {})
-        config = build_config(self.method, {**options, **self.adapter, "seed": seed})
-        return dataclasses.asdict(config)
+            usual |= NARROW.get(recipe.method, {})
+        said = {**recipe.implied, **recipe.options}
+        options = {key: value for key, value in usual.items() if key in own and key not in said}
+        config = recipe.config(**{**options, **self.adapter, "seed": seed})
+        return {key: value for key, value in dataclasses.asdict(config).items() if key != "offset"}
 
     @property
     def augmentation(self) -> Augmentation:
@@ -152,13 +174,13 @@ class FewshotConfig:
 
 
 def rate_of(method: str) -> float:
-    """Return the learning rate of a method on the tiny model, as a multiple of the recipe's.
+    """Return the learning rate of a method or product on the tiny model, relative to the recipe's.
 
     The rates were chosen on validation images (`python benchmarks/methods.py --choose`). Other
     backbones keep their published recipe: nothing was measured there.
     """
     rates: dict[str, float] = json.loads(RATES.read_text(encoding="utf-8"))
-    return rates.get(method, rates.get(get_method(method).name, 1.0))
+    return rates.get(method, rates.get(parse(method).method, 1.0))
 
 
 @dataclass(frozen=True)

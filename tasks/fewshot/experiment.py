@@ -45,13 +45,13 @@ class Experiment:
         model = Classifier(self.backbone.clip, tokens, self.backbone.transform, self.config.encoder)
         return model.to(self.device)
 
-    def inject(self, seed: int) -> int:
-        """Put a fresh adapter into the backbone and return its number of trainable scalars."""
+    def inject(self, seed: int) -> None:
+        """Put a fresh adapter into the backbone."""
         clip, config = self.backbone.clip, self.config
-        kinds = get_method(config.method).config.kinds
+        method = config.recipe.method
+        kinds = get_method(method).config.kinds
         targets, exclude = adapter_targets(clip, config.encoder, config.params, kinds)
-        vl.inject(clip, config.method, targets, exclude=exclude, **config.adapter_options(seed))
-        return sum(parameter.numel() for _, parameter in vl.trainable_parameters(clip))
+        vl.inject(clip, method, targets, exclude=exclude, **config.adapter_options(seed))
 
     def shots(self, seed: int) -> Shots:
         """Draw and decode the training images of one seed."""

@@ -83,10 +83,10 @@ def run_seed(
         return result
     config, clip = experiment.config, experiment.backbone.clip
     shots = shots or experiment.shots(seed)
-    trainable = experiment.inject(seed)
+    experiment.inject(seed)
     try:
-        fitted = adapt(experiment, seed, shots, directory)
-        with merged_for(clip, config.method):
+        fitted, trainable = adapt(experiment, seed, shots, directory)
+        with merged_for(clip, config.recipe.method):
             scores = experiment.score()
         figures = experiment.figures(scores)
         if directory.main:
@@ -115,8 +115,8 @@ def adapt(
     shots: Shots,
     directory: RunDirectory,
     dynamics: Sequence[Dynamics] = (),
-) -> FitResult:
-    """Train the injected adapter on the shots."""
+) -> tuple[FitResult, int]:
+    """Train the injected adapter on the shots, and return how many scalars that trained."""
     config, transform = experiment.config, experiment.backbone.transform
     model = experiment.classifier(experiment.trained_classes)
     batches = Batches(shots, transform.size, config.batch_size, config.augmentation, seed)
@@ -129,7 +129,10 @@ def adapt(
         source = FeatureBatches(batches, _frozen_features(model, shots))
     assert config.lr is not None
     assert config.steps is not None
-    groups = vl.parameter_groups(experiment.backbone.clip, config.lr, WEIGHT_DECAY)
+    _initialise(experiment, model, source)
+    clip = experiment.backbone.clip
+    trainable = sum(parameter.numel() for _, parameter in vl.trainable_parameters(clip))
+    groups = vl.parameter_groups(clip, config.lr, WEIGHT_DECAY)
     optimizer = torch.optim.AdamW(groups, betas=ADAM_BETAS)
     settings = TrainSettings(
         steps=config.steps,
@@ -138,12 +141,33 @@ def adapt(
         seed=seed,
         device=config.device,
     )
-    schedule = cosine(config.steps, floor=min(1.0, ETA_MIN / config.lr))
     fitted = fit(
-        model, optimizer, _loss, source, settings, directory, dynamics=dynamics, schedule=schedule
+        model,
+        optimizer,
+        _loss,
+        source,
+        settings,
+        directory,
+        dynamics=[*config.recipe.build_dynamics(model, optimizer, config.steps), *dynamics],
+        schedule=cosine(config.steps, floor=min(1.0, ETA_MIN / config.lr)),
     )
     model.eval()
-    return fitted
+    return fitted, trainable
+
+
+def _initialise(
+    experiment: Experiment, model: Classifier, source: Callable[[int], tuple[Tensor, Tensor]]
+) -> None:
+    """Give the adapter the start of the recipe; a resumed run takes it back from its checkpoint."""
+    config = experiment.config
+    init = config.recipe.init
+    if init is None:
+        return
+    batches = (
+        tuple(item.to(experiment.device) for item in source(step))
+        for step in range(config.init_batches or 0)
+    )
+    vl.initialise(model, init, batches if init.needs else None, _loss)
 
 
 def _loss(model: torch.nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:

@@ -99,6 +99,8 @@ class TrainedState:
         if not renewal and groups != _names(self.optimizer, here):
             saved, ours = ([len(x) for x in g] for g in (groups, _names(self.optimizer, here)))
             raise ConfigError(f"the checkpoint has optimizer groups {saved}, this run {ours}")
+        if not renewal:
+            _check_shapes(state["constants"], carried(self.model), exact=True)
         renewal.apply()
         constants = carried(self.model)
         _check_shapes(state["constants"], constants, exact=True)
