@@ -132,8 +132,8 @@ class GGPO(Dynamics):
         size = site.out_features if self.config.norm == "fan_out" else site.in_features
         return (self.config.sigma * p + self.config.beta * q.square()) / size**0.5
 
-    def on_grads_ready(self, context: StepContext) -> None:
-        """Take the noise away: the last backward is done."""
+    def on_backward_end(self, context: StepContext) -> None:
+        """Take the noise away."""
         self._displaced.restore()
 
     @torch.no_grad()
@@ -158,8 +158,7 @@ class GGPO(Dynamics):
         return self._weight_norms[place.name]
 
     def on_step_end(self, context: StepContext) -> None:
-        """Take the noise away after a skipped step; otherwise keep what was measured."""
-        self._displaced.restore()
+        """Keep what was measured, unless the step was skipped."""
         if not context.skipped:
             self._norms |= self._latest
 

@@ -113,10 +113,13 @@ class MGPO(Dynamics):
         """Whether there is a momentum for this tensor, whose shape a rank policy may change."""
         return name in self.tracks and self.tracks[name].momentum.shape == parameter.shape
 
+    def on_backward_end(self, context: StepContext) -> None:
+        """Put the tensors back."""
+        self._displaced.restore()
+
     @torch.no_grad()
     def on_grads_ready(self, context: StepContext) -> None:
-        """Put the tensors back and note what the gradients say."""
-        self._displaced.restore()
+        """Note what the gradients say."""
         self._pending = {}
         for group in self._groups(context.optimizer):
             found = {name: p for name, p in group.items() if p.grad is not None}
@@ -132,8 +135,7 @@ class MGPO(Dynamics):
                 self._pending[name] = Track(momentum, usual, norm)
 
     def on_step_end(self, context: StepContext) -> None:
-        """Put the tensors back after a skipped step; otherwise keep what was noted."""
-        self._displaced.restore()
+        """Keep what was noted, unless the step was skipped."""
         if not context.skipped:
             self.tracks |= self._pending
 
