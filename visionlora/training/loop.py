@@ -95,7 +95,11 @@ def fit(
         before = random_state(backend.device)
         try:
             trainer = _Trainer(model, optimizer, loss_fn, settings, run, dynamics, backend)
-            return trainer.train(batches, held_out or batches, schedule or constant())
+            try:
+                trainer.train(batches, held_out or batches, schedule or constant())
+            finally:
+                trainer.stepper.finish()
+            return trainer.result()
         finally:
             restore_random_state(before, backend.device)
 
@@ -145,7 +149,8 @@ class _Trainer:
         batches: Callable[[int], Any],
         held_out: Callable[[int], Any],
         schedule: Schedule,
-    ) -> FitResult:
+    ) -> None:
+        """Run the steps that are left."""
         settings, backend, stepper = self.settings, self.backend, self.stepper
         start = stepper.steps
         backend.start_tracker(start)
@@ -170,8 +175,12 @@ class _Trainer:
                     self._save()
                 if stop:
                     raise KeyboardInterrupt
+
+    def result(self) -> FitResult:
+        """Leave the model as it is to be saved, and return the figures of the run."""
         if self.controllers:
             finalize(self.model)
+        stepper = self.stepper
         return FitResult(
             steps=stepper.steps,
             loss=self.window.latest,
