@@ -254,7 +254,7 @@ def test_a_head_of_zeros_is_explained():
     model = vl.inject(nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 3)).double(), "lora", "0", rank=2)
     batches = [(x.mean(1), y) for x, y in vectors()]
     model[1].weight.data.zero_()
-    with pytest.raises(ConfigError, match=r"0.weight is exactly zero; a head .* zero-initialised"):
+    with pytest.raises(ConfigError, match=r"0.weight is exactly zero: a zero-initialised head"):
         gradients(model, batches)
     model[1].weight.data.normal_()
     assert gradients(model, batches)["0.weight"].any()

@@ -128,8 +128,8 @@ class GradientCapture:
         if zero:
             more = f" (and {len(zero) - 1} more)" if len(zero) > 1 else ""
             raise ConfigError(
-                f"the gradient of {zero[0]}{more} is exactly zero; a head that is zero-initialised "
-                "passes nothing back: give it random weights, or train the head alone for a few "
-                "steps first"
+                f"the gradient of {zero[0]}{more} is exactly zero: a zero-initialised head, or a "
+                "zero-initialised end of a residual block, passes nothing back; give it random "
+                "weights, or train it alone for a few steps first, or exclude the layers behind it"
             )
         return {name: total.result().div_(samples) for name, total in self._totals.items()}

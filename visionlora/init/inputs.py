@@ -7,7 +7,8 @@ The components are those of the centred inputs, `singular` = sqrt(eigenvalues of
 eigenvalue over trace. Batches are merged one after another (Chan et al. 1979), so this is PCA in
 one pass whose result depends neither on the order of the batches nor on how they are spread over
 processes (derived: the reference truncates to a few components after every batch, which loses
-both). Costs in x in numbers per layer and T in^2 multiply-adds.
+both). Costs in x in numbers per layer and T in^2 multiply-adds, and the components one
+eigendecomposition per input at the end, in float64.
 
 One input vector is one position: a token of a Linear, the patch under the kernel at one place of a
 Conv2d, in the order of the columns of its weight. Row slices of one layer share their input.
