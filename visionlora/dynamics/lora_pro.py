@@ -31,6 +31,7 @@ from typing import Any, ClassVar, Literal, cast
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.optim.adamw import adamw
 
 from visionlora.config import AdapterConfig, Form
 from visionlora.dynamics.base import Dynamics, StepContext
@@ -204,13 +205,14 @@ class LoRAPro(Dynamics):
         new_up, new_down = pair.optimal(grad_up, grad_down, config.choice)
         if config.moments == "factor":
             for i, (site, decay) in enumerate(zip(sites, decays, strict=True)):
-                new_up[i] = self._adam(site.key, "B", new_up[i]) + decay * up[i]
-                new_down[i] = self._adam(site.key, "A", new_down[i]) + decay * down[i]
+                new_up[i] = self._factor_direction(site.key, "B", new_up[i]) + decay * up[i]
+                new_down[i] = self._factor_direction(site.key, "A", new_down[i]) + decay * down[i]
         for i, site in enumerate(sites):
             delta = site.delta
-            spread = (new_up[i] / delta.arms).repeat(1, delta.arms)
-            for parameter, step in ((delta.A, new_down[i]), (delta.B, spread)):
-                parameter.sub_((groups[id(parameter)]["lr"] * step).to(parameter.dtype))
+            rates = [groups[id(item)]["lr"] for item in (delta.A, delta.B)]
+            delta.A.sub_(rates[0] * new_down[i])
+            arms = delta.B.unflatten(1, (delta.arms, -1))
+            arms.sub_(rates[1] / delta.arms * new_up[i][:, None])
 
     def _direction(
         self,
@@ -226,21 +228,43 @@ class LoRAPro(Dynamics):
         """
         rows, columns = left.shape[0], right.shape[1]
         first, second = self._moments(key, "", left.new_zeros, (rows, columns))
-        factor, eps = self._correction(key)
         block = max(1, _CHUNK // columns) if left.device.type == "cpu" else rows
         into_up, into_down = torch.empty_like(up), torch.zeros_like(down)
         for start in range(0, rows, block):
             part = slice(start, start + block)
-            step = _step(left[part] @ right, first[part], second[part], self.config, eps)
-            torch.mm(step, down.t(), out=into_up[part])
+            step = self._adam(key, left[part] @ right, first[part], second[part])
+            into_up[part] = (down @ step.t()).t()
             into_down.addmm_(up[part].t(), step)
-        return into_up.mul_(factor), into_down.mul_(factor)
+        return into_up, into_down
 
-    def _adam(self, key: str, name: str, gradient: Tensor) -> Tensor:
-        """Return the AdamW direction of one factor."""
+    def _factor_direction(self, key: str, name: str, gradient: Tensor) -> Tensor:
+        """Update the moments of one factor and return its direction."""
         first, second = self._moments(key, name, gradient.new_zeros, tuple(gradient.shape))
-        factor, eps = self._correction(key)
-        return factor * _step(gradient.clone(), first, second, self.config, eps)
+        return self._adam(key, gradient.contiguous(), first, second)
+
+    def _adam(self, key: str, gradient: Tensor, first: Tensor, second: Tensor) -> Tensor:
+        """Update moments in place and return `M^ / (sqrt(V^) + eps)`, in one pass over memory."""
+        config = self.config
+        # A parameter of zeros that takes a step of length minus one.
+        direction = torch.zeros_like(gradient)
+        before = torch.full((), self.steps[key] - 1, dtype=torch.float32, device=gradient.device)
+        adamw(
+            [direction],
+            [gradient],
+            [first],
+            [second],
+            [],
+            [before],
+            fused=True,
+            amsgrad=False,
+            beta1=config.beta1,
+            beta2=config.beta2,
+            lr=-1.0,
+            weight_decay=0.0,
+            eps=config.eps,
+            maximize=False,
+        )
+        return direction
 
     def _moments(
         self, key: str, name: str, zeros: Any, shape: tuple[int, ...]
@@ -252,12 +276,6 @@ class LoRAPro(Dynamics):
             if item not in held:
                 held[item] = zeros(shape)
         return held[names[0]], held[names[1]]
-
-    def _correction(self, key: str) -> tuple[float, float]:
-        """Return c and e with `u = c * M / (sqrt(V) + e)`, bias correction included."""
-        count = self.steps[key]
-        root = (1.0 - self.config.beta2**count) ** 0.5
-        return root / (1.0 - self.config.beta1**count), root * self.config.eps
 
     def state_dict(self) -> dict[str, Any]:
         """Return step counts and moments by site."""
@@ -276,16 +294,6 @@ class LoRAPro(Dynamics):
 
     def _device(self, key: str) -> torch.device:
         return cast(PairDelta, self.places[key].delta).A.device
-
-
-def _step(
-    gradient: Tensor, first: Tensor, second: Tensor, config: LoRAProConfig, eps: float
-) -> Tensor:
-    """Update moments in place and return `M / (sqrt(V) + eps)` in the memory of the gradient."""
-    first.lerp_(gradient, 1.0 - config.beta1)
-    second.mul_(config.beta2).addcmul_(gradient, gradient, value=1.0 - config.beta2)
-    torch.sqrt(second, out=gradient)
-    return torch.div(first, gradient.add_(eps), out=gradient)
 
 
 def _taken(key: str, delta: PairDelta, scale: float, held: bool) -> _Site:
