@@ -10,8 +10,9 @@ import visionlora as vl
 from tests.mixed import INDEX, TARGETS, Net
 from tests.tolerances import assert_close
 from visionlora.dynamics import Dynamics, Stepper
-from visionlora.dynamics.ggpo import GGPOConfig, change_and_gradient
+from visionlora.dynamics.ggpo import GGPOConfig
 from visionlora.dynamics.glad import GLADConfig
+from visionlora.dynamics.slope import change_and_gradient
 from visionlora.errors import ConfigError
 from visionlora.ranks.structure import places_of
 
@@ -25,7 +26,12 @@ METHODS = {
     "lora-xs": {"rank": 3, "alpha": 6.0},
     "lora-fa": {"rank": 3, "alpha": 6.0},
     "full": {},
+    "spiel": {"count": 9},
 }
+
+
+def gradients(delta):
+    return {name: p.grad for name, p in delta.named_parameters()}
 
 
 def layer(method="lora", size=(6, 4), dtype=F64, **options):
@@ -76,7 +82,7 @@ def test_what_is_measured_are_the_rows_of_the_change_and_of_its_slope(method):
     loss_of(model)(data()).backward()
     delta = place(model).delta
     weight = model[0].weight.detach()
-    p, q = change_and_gradient(delta, weight)
+    p, q = change_and_gradient(delta, gradients(delta))
     inner = method == "dora"  # whose noise is that of V, inside the norm
 
     def change():
@@ -97,16 +103,36 @@ def test_the_scale_is_part_of_the_gradient():
     loss_of(model)(data()).backward()
     delta = place(model).delta
     G = 2.0 * (delta.B @ delta.A.grad + delta.B.grad @ delta.A)
-    assert_close(change_and_gradient(delta, model[0].weight)[1], G.norm(dim=1))
+    assert_close(change_and_gradient(delta, gradients(delta))[1], G.norm(dim=1))
 
 
 def test_a_constant_pair_is_taken_off():
     model = nn.Sequential(nn.Linear(6, 4)).to(F64)
     vl.inject(model, "lora", "0", rank=2, init="pissa")
     loss_of(model)(data()).backward()
-    change, gradient = change_and_gradient(place(model).delta, model[0].weight)
+    delta = place(model).delta
+    change, gradient = change_and_gradient(delta, gradients(delta))
     assert float(change.max()) < 1e-7  # the root of a rounding error
     assert float(gradient.min()) > 1e-3
+
+
+def test_who_takes_gradients_away_after_clipping_does_no_harm():
+    class Takes(Dynamics):
+        name = "takes"
+        controls = True
+
+        def on_grads_clipped(self, context):
+            for parameter in context.parameters:
+                parameter.grad = None
+
+    model, other = layer(), layer()
+    plain, taken = (stepper(item, GGPOConfig(), clip_norm=0.1, lr=0.0) for item in (model, other))
+    taken.dynamics = (Takes(), *taken.dynamics)
+    for run, item in ((plain, model), (taken, other)):
+        run.step([data()], loss_of(item))
+    left, right = (run.dynamics[-1].state_dict()["0.weight"] for run in (plain, taken))
+    assert torch.equal(left["q"], right["q"])
+    assert float(left["q"].min()) > 0
 
 
 class Peek(Dynamics):
@@ -445,6 +471,27 @@ def test_two_changes_of_one_weight_are_refused():
     vl.inject(model, "lora", "0", name="other", rank=2)
     with pytest.raises(ConfigError, match=r"two changes: 0\.weight and 0\.weight share rows"):
         GGPOConfig().build(model, torch.optim.SGD(trained(model), lr=0.1), 5)
+
+
+@pytest.mark.parametrize(
+    "text", ["ggpo", "lora+ggpo+glad", "dora+ggpo", "spiel+ggpo", "full+ggpo+mgpo", "sam", "mgpo"]
+)
+def test_products_that_make_sense(text):
+    recipe = vl.parse(text)
+    assert recipe.dynamics
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("vera+ggpo", "ggpo cannot train vera: its noise is sized by"),
+        ("lora+glad+sam", "glad and sam both move the parameters"),
+        ("lora+mgpo+glad", "mgpo and glad both move the parameters"),
+    ],
+)
+def test_products_that_make_none(text, message):
+    with pytest.raises(ConfigError, match=message):
+        vl.parse(text)
 
 
 @pytest.mark.parametrize(

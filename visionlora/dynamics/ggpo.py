@@ -6,12 +6,12 @@ In the forwards of a training step, per site with frozen weight W: m x n and cha
     p_i^2 = |W_i|^2 + |Delta W_i|^2
     q_i   = |G_i|,   G = sum_t dDelta W / dt * dL/dt = s (B gA + gB A) for a pair
 
-p and q are rows' norms at the end of the step before, from averaged, unscaled and clipped gradients
-with the scale s inside. G is what one unit of descent would take off W: from the factors that the
-method has, whatever trained tensors t they are made of, a product of rank 2 r whose rows are
-measured without forming it; for a change without factors (full, sparse) it is formed, one site at a
-time. DoRA's G and noise are those of V = W + s B A, inside its norm. The first step, and every
-evaluation, is free of noise. E is constant in the backward and x E^T is part of the graph.
+p and q are norms of rows at the end of the step before, from averaged, unscaled and clipped
+gradients with the scale s inside. G is what one unit of descent would take off the change
+(`visionlora.dynamics.slope`): a product of rank 2 r whose rows are measured without forming it, or
+the gradient itself for whole matrices and single entries. DoRA's noise is that of V = W + s B A,
+inside its norm. The first step, and every evaluation, is free of noise. E is a constant of the
+backward, and x E^T is part of the graph.
 
 W itself is moved for the duration of the forwards and backwards, and put back from a copy, bit for
 bit, before anything else looks at it. So all layers, row slices, micro-batches, checkpointed
@@ -19,15 +19,15 @@ regions and both passes of SAM and GLAD see the same E. It is drawn for seed, st
 all processes and a resumed run agree.
 
 Defaults: sigma = 0.03, beta = 0.01. `row_exact=False` takes the mean of |W_i| for all rows, as the
-reference code does. `norm="fan_in"` divides by sqrt(n) instead, as otherwise noise outgrows wide
-rows: |E| / |W| is about sigma sqrt(n / m) (derived). The reference code loses s, and cuts E x out
-of the gradient of x; neither is repeated.
+reference code does. `norm="fan_in"` divides by sqrt(n), because noise outgrows wide rows otherwise:
+|E| / |W| is about sigma sqrt(n / m) (derived). The reference code loses s, and cuts E out of the
+gradient of x; neither is repeated. Noise makes gradients larger and they, squared, make noise:
+where they are not small against 1, clip them.
 
-Cost: a normal number and two copies per entry of W and step, r^2 (m + n) for the norms, memory for
-a copy of the adapted weights; p and q, 2 m numbers a site, in checkpoints.
+Cost: a normal number and three copies per entry of W and step, r^2 (m + n) for the norms, memory
+for a copy of the adapted weights; p and q, 2 m numbers a site, in checkpoints.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -35,20 +35,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from visionlora.config import AdapterConfig, Form
+from visionlora.config import Form
 from visionlora.dynamics.base import Dynamics, StepContext
 from visionlora.dynamics.config import DynamicsConfig
 from visionlora.dynamics.perturbed import Displaced
+from visionlora.dynamics.slope import change_and_gradient
 from visionlora.errors import ConfigError
 from visionlora.hosts.base import parameter_name, rows_of, stored
-from visionlora.methods.base import Delta
-from visionlora.methods.parts.pair import PairDelta
-from visionlora.ops import row_norms
 from visionlora.ranks.structure import Place, places_of
 from visionlora.registry import register_dynamics, register_preset
 from visionlora.sites import named_generator
-
-Pair = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +55,9 @@ class GGPOConfig(DynamicsConfig):
     forms: ClassVar[frozenset[Form] | None] = frozenset(
         {"pair", "rescaled", "blocks", "middle", "core", "frozen-down", "sparse", "full"}
     )
-    why: ClassVar[str] = "its noise is sized by a gradient of the weight, which this change lacks"
+    why: ClassVar[str] = (
+        "its noise is sized by what pairs, entries and whole matrices have: a slope"
+    )
 
     sigma: float = 0.03
     """Noise per norm of the weight's row."""
@@ -79,14 +77,6 @@ class GGPOConfig(DynamicsConfig):
             if getattr(self, key) < 0:
                 raise ConfigError(f"ggpo: {key} must not be negative, got {getattr(self, key)}")
 
-    def check(self, config: AdapterConfig, others: Sequence[DynamicsConfig]) -> None:
-        """Refuse who takes the gradients away before they can be measured."""
-        if any(other.name == "lora-pro" for other in others):
-            raise ConfigError(
-                "ggpo cannot be combined with lora-pro, which keeps the gradients of the pair to "
-                "itself, so that there is nothing to size the noise by"
-            )
-
     def build(self, model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> "GGPO":
         """Return the dynamics for the trained sites of the active adapters."""
         return GGPO(self, model)
@@ -101,10 +91,11 @@ class GGPO(Dynamics):
         self.config = config
         self.model = model
         self._displaced = Displaced()
-        self._norms: dict[str, Pair] = {}
+        self._norms: dict[str, tuple[Tensor, Tensor]] = {}
         """p and q of every site, from the last applied step."""
-        self._latest: dict[str, Pair] = {}
+        self._latest: dict[str, tuple[Tensor, Tensor]] = {}
         self._weight_norms: dict[str, Tensor] = {}
+        self._gradients: dict[str, dict[str, Tensor]] = {}
         _check_weights(self._places())
 
     def _places(self) -> list[Place]:
@@ -136,17 +127,29 @@ class GGPO(Dynamics):
         """Take the noise away."""
         self._displaced.restore()
 
+    def on_grads_ready(self, context: StepContext) -> None:
+        """Take hold of the gradients, which others may keep to themselves after clipping."""
+        self._gradients = {
+            place.name: {
+                name: item.grad
+                for name, item in place.delta.named_parameters()
+                if item.grad is not None
+            }
+            for place in self._places()
+        }
+
     @torch.no_grad()
     def on_grads_clipped(self, context: StepContext) -> None:
         """Measure the rows of weights, changes and gradients."""
         self._latest = {}
         for place in self._places():
-            found = change_and_gradient(place.delta, _weight(place))
-            if found is None:
-                continue
-            strength = place.host.state.strengths[place.adapter]
-            change, gradient = (strength * norms for norms in found)
-            self._latest[place.name] = torch.hypot(self._of_weight(place), change), gradient
+            gradients = self._gradients.get(place.name)
+            if gradients:
+                strength = place.host.state.strengths[place.adapter]
+                found = change_and_gradient(place.delta, gradients)
+                change, gradient = (strength * norms for norms in found)
+                self._latest[place.name] = torch.hypot(self._of_weight(place), change), gradient
+        self._gradients = {}
 
     def _of_weight(self, place: Place) -> Float[Tensor, " out"]:
         """Return the row norms of the frozen weight, taken once."""
@@ -178,58 +181,6 @@ class GGPO(Dynamics):
             for name, entry in state.items()
             if name in devices
         }
-
-
-@torch.no_grad()
-def change_and_gradient(
-    delta: Delta, weight: Float[Tensor, "out in"]
-) -> tuple[Float[Tensor, " out"], Float[Tensor, " out"]] | None:
-    """Return the row norms of the change and of G, None if nothing has a gradient.
-
-    G is the derivative of the change along the gradients of the trained tensors.
-
-    Args:
-        delta: a Delta whose parameters hold gradients.
-        weight: its frozen weight; only changes without factors look at it.
-    """
-    named = {name: item for name, item in delta.named_parameters() if item.requires_grad}
-    if all(item.grad is None for item in named.values()):
-        return None
-    part = _Part(delta)
-
-    def of(*tensors: Tensor) -> Tensor | Pair:
-        found: Tensor | Pair = torch.func.functional_call(
-            part, {f"delta.{name}": item for name, item in zip(named, tensors, strict=True)}, weight
-        )
-        return found
-
-    # By two backwards: torch's forward mode takes seconds to load, and warns.
-    value, slope = torch.autograd.functional.jvp(
-        of,
-        tuple(item.detach() for item in named.values()),
-        tuple(torch.zeros_like(p) if p.grad is None else p.grad for p in named.values()),
-    )
-    if isinstance(value, Tensor):
-        return value.norm(dim=1), slope.norm(dim=1)
-    (up, down), (up_slope, down_slope) = value, slope
-    s, fold = abs(delta.scale), delta.fold
-    left, right = torch.cat([up_slope, up], 1), torch.cat([down, down_slope])
-    return s * row_norms(up, down, fold), s * row_norms(left, right, fold)
-
-
-class _Part(nn.Module):
-    """What is measured of a Delta: its factors, or the change itself where it has none."""
-
-    delta: Delta
-
-    def __init__(self, delta: Delta) -> None:
-        super().__init__()
-        self.delta = delta
-
-    def forward(self, weight: Tensor) -> Tensor | Pair:
-        delta = self.delta
-        pair = delta.inner_pair() if isinstance(delta, PairDelta) else delta.factors()
-        return delta.delta(weight) if pair is None else pair
 
 
 def _weight(place: Place) -> Tensor:
