@@ -132,7 +132,7 @@ def test_product_equals_that_of_peft_for_one_batch():
         assert_close(ours.B @ ours.A, expected, factor=30)
 
 
-@pytest.mark.parametrize("method", ["lora", "dora", "slora"])
+@pytest.mark.parametrize("method", ["lora", "dora", "slora", "block-lora"])
 def test_the_function_does_not_change(method):
     model = tower(method).eval()
     x = vectors()[0][0]
@@ -155,9 +155,9 @@ def test_wrong_options_are_refused():
         CorDA(mode="both")
     with pytest.raises(ConfigError, match="positive alpha"):
         vl.initialise(tower(alpha=0.0), "corda", vectors(), cross_entropy)
-    for method, options in (("lora-xs", {}), ("block-lora", {"dropout": 0.0})):
+    for method in ("lora-xs", "lora-fa", "hira"):
         with pytest.raises(ConfigError, match="corda cannot start"):
-            vl.initialise(tower(method, **options), "corda", vectors(), cross_entropy)
+            vl.initialise(tower(method), "corda", vectors(), cross_entropy)
     with pytest.raises(ConfigError, match="corda looks at data"):
         vl.inject(nn.Linear(8, 3), "lora", init="corda", rank=2)
 

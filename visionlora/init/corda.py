@@ -25,7 +25,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from visionlora.config import AdapterConfig, Form
+from visionlora.config import AdapterConfig
 from visionlora.errors import ConfigError
 from visionlora.init.base import Given, Initialiser, Need, Start
 from visionlora.init.spectral import positive_scale
@@ -39,7 +39,6 @@ class CorDA(Initialiser):
 
     name: ClassVar[str] = "corda"
     needs: ClassVar[frozenset[Need]] = frozenset({"covariance"})
-    forms: ClassVar[frozenset[Form]] = frozenset({"pair", "rescaled", "middle"})
 
     mode: Literal["ipm", "kpm"] = "ipm"
     """`ipm`: the part of the weight that the inputs use most. `kpm`: the one they use least."""

@@ -95,7 +95,7 @@ def _parts(value: Any) -> list[Any]:
     if isinstance(value, types.CodeType):
         return [value.co_code, value.co_names, value.co_consts]
     if isinstance(value, types.FunctionType):
-        cells = [cell.cell_contents for cell in value.__closure__ or ()]
+        cells = [_inside(cell) for cell in value.__closure__ or ()]
         own = [value.__module__, value.__qualname__, value.__code__]
         return [*own, value.__defaults__, value.__kwdefaults__, cells]
     if isinstance(value, type | types.BuiltinFunctionType | types.ModuleType):
@@ -109,6 +109,14 @@ def _parts(value: Any) -> list[Any]:
         "keep batches and the loss function to tensors, arrays and plain values, or leave the "
         "cache out"
     )
+
+
+def _inside(cell: Any) -> Any:
+    """Return what a function encloses, None where it is not there yet."""
+    try:
+        return cell.cell_contents
+    except ValueError:
+        return None
 
 
 def _feed_tensor(digest: Any, name: str, tensor: Tensor) -> None:
