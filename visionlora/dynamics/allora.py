@@ -26,7 +26,6 @@ Cost: T r out multiply-adds more per linear layer in the backward, r^2 (out + in
 state; elsewhere see `visionlora.ops.row_gain`. With `where="update"` a copy of B during the step.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -64,8 +63,8 @@ class ALLoRAConfig(DynamicsConfig):
     def __post_init__(self) -> None:
         """Check types and ranges."""
         super().__post_init__()
-        if not 0 < self.eta < math.inf:
-            raise ConfigError(f"allora: eta must be positive and finite, got {self.eta}")
+        if not self.eta > 0:
+            raise ConfigError(f"allora: eta must be positive, got {self.eta}")
         if self.scale_input_grad and self.where == "update":
             raise ConfigError("allora: scale_input_grad needs where='grad', which scales gradients")
 
