@@ -29,14 +29,13 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, cast
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
-from torch.optim.adamw import adamw
 
 from visionlora.config import AdapterConfig, Form
 from visionlora.dynamics.base import Dynamics, StepContext
 from visionlora.dynamics.config import DynamicsConfig
 from visionlora.dynamics.equivalent import Choice, Pair
+from visionlora.dynamics.moments import Moments
 from visionlora.dynamics.places import check_places, trained_places
 from visionlora.errors import ConfigError
 from visionlora.methods.parts.pair import PairDelta
@@ -48,8 +47,6 @@ _CONFLICTS = {
     "lora+": "another rate for B than for A breaks the step of the weight that is solved for",
     "allora": "it needs the true gradient, which ALLoRA rescales",
 }
-_CHUNK = 1 << 18
-"""Entries of a weight that are worked on at once on a CPU, so that they stay in its cache."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,7 +143,7 @@ class LoRAPro(Dynamics):
         for place in self.places.values():
             _check_rates(place, optimizer)
         self.steps: dict[str, int] = {}
-        self.moments: dict[str, dict[str, Tensor]] = {}
+        self.moments = Moments(config.beta1, config.beta2, config.eps)
         self._taken: list[_Site] = []
 
     def on_grads_clipped(self, context: StepContext) -> None:
@@ -194,7 +191,7 @@ class LoRAPro(Dynamics):
         if config.moments == "full":
             left, right = pair.equivalent(*pair.optimal(grad_up, grad_down, "zero"))
             for i, site in enumerate(sites):
-                thin = self._direction(site.key, left[i], right[i], up[i], down[i])
+                thin = self.moments.through_pair(site.key, left[i], right[i], up[i], down[i])
                 grad_up[i], grad_down[i] = scale * thin[0], scale * thin[1]
         if config.moments != "factor":
             for i, (site, decay) in enumerate(zip(sites, decays, strict=True)):
@@ -205,8 +202,9 @@ class LoRAPro(Dynamics):
         new_up, new_down = pair.optimal(grad_up, grad_down, config.choice)
         if config.moments == "factor":
             for i, (site, decay) in enumerate(zip(sites, decays, strict=True)):
-                new_up[i] = self._factor_direction(site.key, "B", new_up[i]) + decay * up[i]
-                new_down[i] = self._factor_direction(site.key, "A", new_down[i]) + decay * down[i]
+                for name, step, factor in (("B", new_up, up), ("A", new_down, down)):
+                    direction = self.moments.of(f"{site.key}|{name}", step[i])
+                    step[i] = direction + decay * factor[i]
         for i, site in enumerate(sites):
             delta = site.delta
             rates = [groups[id(item)]["lr"] for item in (delta.A, delta.B)]
@@ -214,86 +212,24 @@ class LoRAPro(Dynamics):
             arms = delta.B.unflatten(1, (delta.arms, -1))
             arms.sub_(rates[1] / delta.arms * new_up[i][:, None])
 
-    def _direction(
-        self,
-        key: str,
-        left: Float[Tensor, "m k"],
-        right: Float[Tensor, "k n"],
-        up: Float[Tensor, "m r"],
-        down: Float[Tensor, "r n"],
-    ) -> tuple[Float[Tensor, "m r"], Float[Tensor, "r n"]]:
-        """Update the moments with `E = left right`, and return `(u A^T, B^T u)`.
-
-        The weight is walked through in blocks of rows: neither E nor u exists as a whole.
-        """
-        rows, columns = left.shape[0], right.shape[1]
-        first, second = self._moments(key, "", left.new_zeros, (rows, columns))
-        block = max(1, _CHUNK // columns) if left.device.type == "cpu" else rows
-        into_up, into_down = torch.empty_like(up), torch.zeros_like(down)
-        for start in range(0, rows, block):
-            part = slice(start, start + block)
-            step = self._adam(key, left[part] @ right, first[part], second[part])
-            into_up[part] = (down @ step.t()).t()
-            into_down.addmm_(up[part].t(), step)
-        return into_up, into_down
-
-    def _factor_direction(self, key: str, name: str, gradient: Tensor) -> Tensor:
-        """Update the moments of one factor and return its direction."""
-        first, second = self._moments(key, name, gradient.new_zeros, tuple(gradient.shape))
-        return self._adam(key, gradient.contiguous(), first, second)
-
-    def _adam(self, key: str, gradient: Tensor, first: Tensor, second: Tensor) -> Tensor:
-        """Update moments in place and return `M^ / (sqrt(V^) + eps)`, in one pass over memory."""
-        config = self.config
-        # A parameter of zeros that takes a step of length minus one.
-        direction = torch.zeros_like(gradient)
-        before = torch.full((), self.steps[key] - 1, dtype=torch.float32, device=gradient.device)
-        adamw(
-            [direction],
-            [gradient],
-            [first],
-            [second],
-            [],
-            [before],
-            fused=True,
-            amsgrad=False,
-            beta1=config.beta1,
-            beta2=config.beta2,
-            lr=-1.0,
-            weight_decay=0.0,
-            eps=config.eps,
-            maximize=False,
-        )
-        return direction
-
-    def _moments(
-        self, key: str, name: str, zeros: Any, shape: tuple[int, ...]
-    ) -> tuple[Tensor, Tensor]:
-        """Return first and second moment, zero at first."""
-        held = self.moments.setdefault(key, {})
-        names = (f"{name}first", f"{name}second")
-        for item in names:
-            if item not in held:
-                held[item] = zeros(shape)
-        return held[names[0]], held[names[1]]
-
     def state_dict(self) -> dict[str, Any]:
         """Return step counts and moments by site."""
-        return {"steps": dict(self.steps), "moments": {k: dict(v) for k, v in self.moments.items()}}
+        return {"steps": dict(self.steps), "moments": self.moments.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned, on the devices of the sites."""
+        """Restore what `state_dict` returned, on the devices of the sites.
+
+        Raises:
+            ConfigError: a site of the state is not in the model.
+        """
         unknown = sorted(set(state["steps"]) - set(self.places))
         if unknown:
             raise ConfigError(f"lora-pro: the saved state is of another model: {unknown[0]}")
         self.steps = dict(state["steps"])
-        self.moments = {
-            key: {name: value.to(self._device(key)).clone() for name, value in held.items()}
-            for key, held in state["moments"].items()
-        }
+        self.moments.load_state_dict(state["moments"], self._device)
 
-    def _device(self, key: str) -> torch.device:
-        return cast(PairDelta, self.places[key].delta).A.device
+    def _device(self, name: str) -> torch.device:
+        return cast(PairDelta, self.places[name.split("|")[0]].delta).A.device
 
 
 def _taken(key: str, delta: PairDelta, scale: float, held: bool) -> _Site:
