@@ -213,8 +213,10 @@ def _factor(name: str, text: str) -> type[Initialiser] | type[DynamicsConfig]:
 def _unknown(name: str, text: str) -> None:
     known = [*list_methods(), *(preset.name for preset in list_presets())]
     if name in list_initialisers() or name in list_dynamics():
+        using = [preset.name for preset in list_presets() if name in preset.factors]
         raise ConfigError(
-            f"{text!r} must begin with a method, and {name} is none: write lora+{name}"
+            f"{text!r} must begin with a method, and {name} is none: write "
+            f"{using[0] if using else f'lora+{name}'}"
         )
     hint = nearest(name, known) or f"; known: {', '.join(sorted(known))}"
     raise ConfigError(f"unknown method {name!r}{hint}")
