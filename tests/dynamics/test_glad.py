@@ -154,3 +154,16 @@ def test_adapters_that_are_frozen_for_a_while_are_left_alone():
 def test_wrong_options_are_refused(options, message):
     with pytest.raises(ConfigError, match=message):
         GLADConfig(**options)
+
+
+def test_a_step_in_which_no_adapter_trains_is_a_plain_one():
+    model, plain = tower(), tower()
+    optimizers = [torch.optim.SGD(trained(item), lr=0.1) for item in (model, plain)]
+    dynamics = [GLADConfig().build(model, optimizers[0], 4)]
+    for item in (model, plain):
+        for parameter in adapted(item):
+            parameter.requires_grad_(False)
+    Stepper(model, optimizers[0], dynamics=dynamics).step([batch()], loss_of(model))
+    Stepper(plain, optimizers[1]).step([batch()], loss_of(plain))
+    assert model.calls == 1
+    assert same(values(model), values(plain))

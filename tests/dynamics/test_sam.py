@@ -337,11 +337,19 @@ class Autocast(PlainBackend):
 def test_under_autocast_both_passes_run_in_bfloat16():
     model, exact = (tower(dtype=torch.float32) for _ in range(2))
     x = batch(dtype=torch.float32)
+    kinds = []
+
+    def loss(x):
+        y = model(x)
+        kinds.append(y.dtype)
+        return (y.float() - 1.0).square().mean()
+
     low = stepper(model, SAMConfig(rho=0.2), backend=Autocast())
     full = stepper(exact, SAMConfig(rho=0.2))
     for _ in range(3):
-        assert not low.step([x], lambda x: loss_of(model)(x).float()).skipped
+        assert not low.step([x], loss).skipped
         full.step([x], loss_of(exact))
+    assert kinds == [torch.bfloat16] * 6
     for one, other in zip(trained(model), trained(exact), strict=True):
         assert one.dtype == torch.float32
         torch.testing.assert_close(one, other, rtol=2e-2, atol=2e-2)

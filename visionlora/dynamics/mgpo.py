@@ -8,10 +8,10 @@ are put back, bit for bit, before the optimiser acts. g are the gradients of the
 unscaled, before clipping. Norms are those of all adapter tensors in one parameter group. The first
 step is not moved, and a skipped step leaves no trace.
 
-Derived: the paper describes momentum of the optimiser, an average of the gradient norm and
-no second gradient. An own momentum works with every optimiser, and bounds keep one odd batch from
+Derived: the paper describes momentum of the optimiser, an average of the gradient norm and no
+second gradient. An own momentum works with every optimiser, and bounds keep one odd batch from
 moving far. The published code differs: it moves the frozen weight of each layer, against
-`s (m_B A + B m_A)`, by rho over the averaged norm.
+`s (m_B A + B m_A)`, by rho over the averaged norm, anew in every micro-batch.
 
 Defaults: rho = 0.05 (0.01 for language models of billions of parameters), mu = 0.9, beta = 0.9.
 Cost: one forward and backward, as without it; two copies of phi. Checkpoints hold m and e by name.

@@ -97,6 +97,8 @@ class SecondLook(Dynamics):
         clean = [(parameter, parameter.grad) for parameter in context.parameters]
         owners = adapter_parameter_owners(self.model)
         pairs = [(p, grad) for p, grad in clean if grad is not None and id(p) in owners]
+        if not pairs:  # all adapters are frozen in this step
+            return
         moved, first = [p for p, _ in pairs], [grad for _, grad in pairs]
         by = radius / (global_norm(first) + 1e-12) - self.offset
         self._displaced.keep(moved)
@@ -126,8 +128,7 @@ def need_adapters(name: str, model: nn.Module, optimizer: torch.optim.Optimizer)
 @torch.no_grad()
 def move(tensors: Sequence[Tensor], along: Sequence[Tensor], by: float) -> None:
     """Add `by * along` to tensors in place."""
-    if tensors:
-        torch._foreach_add_([item.detach() for item in tensors], list(along), alpha=by)
+    torch._foreach_add_([item.detach() for item in tensors], list(along), alpha=by)
 
 
 def global_norm(tensors: Sequence[Tensor]) -> float:

@@ -70,7 +70,7 @@ def mixed(weight: float) -> Combine:
     """Return the rule `(1 - weight) g + weight gs`, exact at both ends."""
 
     def combine(first: list[Tensor], second: list[Tensor]) -> Sequence[Tensor]:
-        return torch._foreach_lerp(first, second, weight) if first else []
+        return torch._foreach_lerp(first, second, weight)
 
     return combine
 
@@ -89,8 +89,7 @@ def projected(weight: float) -> Combine:
 
 def inner(one: Sequence[Tensor], other: Sequence[Tensor]) -> float:
     """Return the inner product of two lists of tensors."""
-    terms = [(a * b).sum() for a, b in zip(one, other, strict=True)]
-    return float(torch.stack(terms).sum()) if terms else 0.0
+    return float(torch.stack([(a * b).sum() for a, b in zip(one, other, strict=True)]).sum())
 
 
 def check_ranges(name: str, *, rho: float, weight: float) -> None:
