@@ -190,6 +190,24 @@ def test_training_at_full_rank_is_training_of_the_weight(moments, kind, rates):
     assert errors[1] < 0.6 * errors[0]
 
 
+def test_descent_to_an_optimum_of_the_rank_of_the_pair_is_as_fast_as_on_the_weight():
+    """A pair of rank 2 from zero, against descent on the whole weight at the same rate."""
+    shift = normal(7, 2, seed=1) @ normal(2, WIDTH, seed=2)
+    losses = {}
+    for method in ("lora", "full"):
+        model = vl.inject(network(), method, ["first"], **({"rank": 2} if method == "lora" else {}))
+        layer = model.first
+        wanted = layer(DATA).detach() + DATA @ shift.T
+        optimizer = torch.optim.SGD(trained(model), lr=1.0)
+        config = exactly(moments="none")
+        dynamics = [config.build(model, optimizer, 60)] if method == "lora" else []
+        stepper = Stepper(model, optimizer, dynamics=dynamics)
+        fit_layer = lambda rows, layer=layer, wanted=wanted: (layer(DATA) - wanted).square().mean()  # noqa: E731
+        losses[method] = [stepper.step([0], fit_layer).loss for _ in range(60)]
+    assert losses["full"][-1] < 1e-3 * losses["full"][0]
+    assert losses["lora"][-1] == pytest.approx(losses["full"][-1], rel=0.25)
+
+
 @pytest.mark.parametrize("moments", ["none", "full"])
 def test_trajectory_of_the_weight_from_zero_does_not_depend_on_alpha(moments):
     runs = []
