@@ -2,7 +2,8 @@
 
 python benchmarks/methods.py --choose     choose a learning rate per method on validation images
 python benchmarks/methods.py              train with these, three seeds each, and test
-Both append to a file of JSON lines as they go, so an interrupted run continues where it was.
+Both append to a file of JSON lines as they go, so an interrupted run continues where it was. With
+`--presets` they are for the methods with an initialiser or dynamics, beside LoRA.
 """
 
 import argparse
@@ -14,8 +15,6 @@ import math
 import statistics
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,28 +23,37 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 import visionlora as vl
+from benchmarks.climb import FACTOR, climb
+from benchmarks.lines import each, read
 from tasks.fewshot.config import PRESETS, RATES, FewshotConfig
 from tasks.fewshot.experiment import Experiment, prepare
 from tasks.fewshot.train import run_seed
 from visionlora.errors import ConfigError, VisionLoraError
 from visionlora.io.atomic import write_text_atomically
+from visionlora.registry import list_presets
 from visionlora.training import RunDirectory
 from visionlora.training.cli import run_cli
 
 RESULTS = Path(__file__).parent / "results"
-FACTOR = 3.0
-"""Neighbouring learning rates of the search."""
 MOST_TRIALS = 7
+REFERENCES = ("lora", "lora(dropout=0.0)", "full", "lora-xs", "slora", "spiel")
+"""What presets are beside; some of them ask for LoRA's dropout to be left out."""
 
 
 def main(argv: list[str] | None = None) -> None:
     """Carry out what the command line asks for."""
     options = parse_arguments(argv)
     torch.set_num_threads(1)
-    names = options.methods or vl.list_methods()
+    usual = preset_names() if options.presets else vl.list_methods()
+    names = options.methods or usual
     for name in names:
-        vl.get_method(name)
+        vl.parse(name)
     (choose if options.choose else test)(names, options)
+
+
+def preset_names() -> list[str]:
+    """Return all presets with an initialiser or dynamics, after what they are compared with."""
+    return [*REFERENCES, *(item.name for item in list_presets() if item.factors)]
 
 
 def test(names: list[str], options: argparse.Namespace) -> None:
@@ -68,9 +76,11 @@ def test(names: list[str], options: argparse.Namespace) -> None:
             "lr": runs[0]["lr"],
             "parameters": runs[0]["trainable_parameters"],
             "file_bytes": runs[0]["file_bytes"],
+            "losses": [run["losses"] for run in runs],
         }
 
-    each(names, options.json or RESULTS / "methods.jsonl", measure)
+    file = "presets.jsonl" if options.presets else "methods.jsonl"
+    each(names, options.json or RESULTS / file, measure)
 
 
 def choose(names: list[str], options: argparse.Namespace) -> None:
@@ -82,30 +92,24 @@ def choose(names: list[str], options: argparse.Namespace) -> None:
     stored: dict[str, float] = json.loads(RATES.read_text(encoding="utf-8"))
 
     def measure(name: str) -> dict[str, Any]:
-        found: dict[int, float] = {}
-
         def accuracy(step: int) -> float:
-            if step not in found:
-                try:
-                    runs = [train(experiment, name, lr * FACTOR**step, seed) for seed in seeds]
-                    found[step] = statistics.mean(run["accuracy"] for run in runs)
-                except VisionLoraError:  # diverged
-                    found[step] = 0.0
-            return found[step]
+            try:
+                runs = [train(experiment, name, lr * FACTOR**step, seed) for seed in seeds]
+            except VisionLoraError:  # diverged
+                return 0.0
+            return statistics.mean(run["accuracy"] for run in runs)
 
-        best = round(math.log(stored.get(name, 1.0), FACTOR))  # a rate found before is a start
-        while len(found) < MOST_TRIALS:
-            around = max((best - 1, best, best + 1), key=accuracy)
-            if around == best:
-                break
-            best = around
+        start = stored.get(name) or stored.get(vl.parse(name).method, 1.0)
+        # A rate found before is a start.
+        best, found = climb(accuracy, round(math.log(start, FACTOR)), MOST_TRIALS)
         tried = {f"{lr * FACTOR**step:.2g}": found[step] for step in sorted(found)}
         # A seed or two are noisy: of rates within a point of the best, the smallest is safest.
         gentle = min(step for step, value in found.items() if value >= found[best] - 1.0)
         rate = round(FACTOR**gentle, 4)
         return {"method": name, "rate": rate, "seeds": seeds, "validation": tried}
 
-    path = options.json or RESULTS / "rates.jsonl"
+    file = "preset_rates.jsonl" if options.presets else "rates.jsonl"
+    path = options.json or RESULTS / file
     each(names, path, measure)
     rates = {item["method"]: item["rate"] for item in read(path)}
     write_text_atomically(
@@ -120,40 +124,21 @@ def train(experiment: Experiment, name: str, lr: float | None, seed: int) -> dic
     ).resolved(tuple(experiment.config.template or ()))
     chosen = dataclasses.replace(experiment, config=config)
     with tempfile.TemporaryDirectory() as folder:
-        directory = RunDirectory(Path(folder) / name)
+        directory = RunDirectory(Path(folder) / "run")
         with contextlib.redirect_stderr(io.StringIO()):  # the bars of a hundred short runs
             result = run_seed(chosen, seed, directory, None)
         size = sum(item.stat().st_size for item in directory.path.glob("*.safetensors"))
-    return {**result, "lr": config.lr, "file_bytes": size}
-
-
-def each(names: list[str], path: Path, measure: Callable[[str], dict[str, Any]]) -> None:
-    """Measure the methods that are not in the file yet, and append each as it is done."""
-    done = {item["method"] for item in read(path)}
-    waiting = [name for name in names if name not in done]
-    start = time.monotonic()
-    for index, name in enumerate(waiting):
-        item = measure(name)
-        lines = [json.dumps(line) for line in [*read(path), item]]
-        write_text_atomically(path, "\n".join(lines) + "\n")
-        left = (time.monotonic() - start) / (index + 1) * (len(waiting) - index - 1)
-        print(
-            f"{json.dumps(item)}   {index + 1}/{len(waiting)}, {left / 60:.0f} min left", flush=True
-        )
-    print(f"{len(waiting)} methods measured, {len(done)} were there; all in {path}")
-
-
-def read(path: Path) -> Iterator[dict[str, Any]]:
-    """Return the lines of a results file, none if it does not exist."""
-    if path.exists():
-        yield from map(json.loads, path.read_text(encoding="utf-8").splitlines())
+        log = list(read(directory.path / "log.jsonl"))
+    losses = {line["step"]: round(line["loss"], 4) for line in log}
+    return {**result, "lr": config.lr, "file_bytes": size, "losses": losses}
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """Return the checked command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--choose", action="store_true", help="choose learning rates instead")
-    parser.add_argument("--methods", nargs="+", metavar="NAME", help="default: all registered")
+    parser.add_argument("--presets", action="store_true", help="all presets instead of methods")
+    parser.add_argument("--methods", nargs="+", metavar="NAME", help="only these")
     parser.add_argument("--seed", type=int, nargs="+", help="1 2 3, to choose a rate 1")
     parser.add_argument("--steps", type=int, default=100, help="optimiser steps of a run (100)")
     parser.add_argument("--json", type=Path, help="where the lines go")
