@@ -10,8 +10,8 @@ gradient is penalised.
 
 Derived: only the paper's abstract and the caption of its first figure could be read: a regulariser
 of the gradient, in which that of SAM is the reference that steers the original one. The rule above
-is the one of SAGM (2023, arXiv 2303.10353), by one of the authors, whose offset is `alpha` (0.001
-there, 0 here); `sam(mode=project)` is another reading. A head keeps its first gradient.
+is the one of SAGM (2023, arXiv 2303.10353), whose offset is `alpha` (0.001 there, 0 here);
+`sam(mode=project)` is another reading. A head keeps its first gradient.
 
 Defaults: rho = 0.05, lambda = 0.5, alpha = 0, in every step. `every = n` looks twice in each n-th
 step only; `warmup` is the fraction of the run over which rho rises linearly.
