@@ -1,0 +1,54 @@
+"""Two processes train what one does: starts, masks, moments and parameters."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.composition import runs
+from tests.composition.runs import CASES, assert_same, told
+from tests.training.test_distributed import ROOT, free_port
+from visionlora.training.tree import read_tree
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Train all cases in one pair of processes."""
+    folder = tmp_path_factory.mktemp("pair")
+    common = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+    }
+    processes = [
+        subprocess.Popen(
+            [sys.executable, runs.__file__, "pair", str(folder)],
+            env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        for item in processes:
+            _, errors = item.communicate(timeout=300)
+            assert item.returncode == 0, errors
+    finally:
+        for item in processes:
+            item.kill()
+    return folder
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_equal_one(case, trained, plain):
+    one, other = (read_tree(trained / case / f"final-{rank}.safetensors") for rank in range(2))
+    assert_same(other, one)
+    alone = plain(case)
+    assert_same(one["report"], told(alone), factor=1.0)
+    assert_same(one["model"], dict(alone.model.state_dict()), factor=1.0)
+    assert_same(runs.left(trained / case), alone.left(), factor=1.0)
