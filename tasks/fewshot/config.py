@@ -43,9 +43,11 @@ class FewshotConfig:
     pretrained: str | None = None
     """Weights: a tag of open_clip, a file, or none (random, for timing only)."""
     dataset: str = "digits"
-    """digits, folder:PATH, or caltech101, pets, flowers102, food101, aircraft, sun397, dtd, ..."""
+    """digits, folder:PATH, or imagenet, caltech101, pets, cars, flowers102, food101, dtd, ..."""
     root: str = "data"
     """Folder where the public data sets lie or are downloaded to."""
+    own_split: bool = False
+    """Divide a public data set by CoOp's rule where its split file is missing."""
     setting: Literal["all", "base-to-new"] = "all"
     """all: every class; base-to-new: train on the first half, test both halves."""
     shots: int = 16

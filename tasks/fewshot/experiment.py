@@ -78,11 +78,15 @@ class Experiment:
         return found
 
 
-def prepare(config: FewshotConfig) -> Experiment:
-    """Load data and backbone, and check that everything fits, before anything is written."""
+def prepare(
+    config: FewshotConfig, dataset: Dataset | None = None, backbone: Backbone | None = None
+) -> Experiment:
+    """Load what is not given, and check that everything fits, before anything is written."""
     device = pick_device(config.device)
-    backbone = load_backbone(config.backbone, config.pretrained)
-    dataset = load_dataset(config.dataset, config.root)
+    backbone = backbone or load_backbone(config.backbone, config.pretrained)
+    dataset = dataset or load_dataset(config.dataset, config.root, config.own_split)
+    if not dataset.train:
+        raise DataError(f"{dataset.name} has test images only; train on another data set")
     if config.strict:
         refuse_unreadable([*dataset.train, *dataset.val, *dataset.test])
     if config.test_on == "val":

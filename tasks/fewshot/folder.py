@@ -10,6 +10,7 @@ in PATH (`{"folder": "name to say"}`) overrides it.
 
 import json
 import random
+from collections.abc import Sequence
 from pathlib import Path
 
 from tasks.fewshot.sampling import Item
@@ -75,11 +76,16 @@ def list_images(folder: Path) -> list[Path]:
 
 
 def split_tree(tree: dict[str, list[Path]], root: Path) -> Splits:
+    """Split every class 50/20/30 with a fixed seed, classes in the order of their names."""
+    return split_classes([(name, tree[name]) for name in sorted(tree)], root)
+
+
+def split_classes(classes: Sequence[tuple[str, Sequence[Path]]], root: Path) -> Splits:
     """Split every class 50/20/30 with a fixed seed; one train and one test image at least."""
     found: Splits = {"train": [], "val": [], "test": []}
     rng = random.Random(SPLIT_SEED)
-    for label, name in enumerate(sorted(tree)):
-        files = list(tree[name])
+    for label, (name, paths) in enumerate(classes):
+        files = list(paths)
         if len(files) < 2:
             raise DataError(
                 f"class {name!r} in {root} has {len(files)} image: splitting it into training and "

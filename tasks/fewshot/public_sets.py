@@ -1,214 +1,104 @@
-"""The public few-shot benchmarks, from CoOp's folders or from torchvision's downloads.
+"""The public few-shot benchmarks: whose layout, whose split, and what to say if one is missing.
 
-With CoOp's `split_zhou_*.json` beside the images its split is used, so that shots equal the
-published ones. Otherwise torchvision fetches the images and they are split by CoOp's written
-rule, which is marked as an own split: 50/20/30 per class, or the official test images with a
-fifth of the training images for validation.
+With CoOp's `split_zhou_*.json` its split is used, so that shots equal the published ones; CoOp's
+pickled shots are never read, they are drawn again. Without that file the data set is refused, or
+divided here if `--own-split` asks for it, and then called an own split wherever figures appear.
 """
 
-import json
-import random
-import socket
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from tasks.fewshot.folder import SPLIT_SEED, Splits, class_files, split_tree
-from tasks.fewshot.sampling import Item, by_class
-from visionlora.errors import ConfigError, DataError
+from tasks.fewshot.coop.download import download
+from tasks.fewshot.coop.listed import read_aircraft, read_imagenet, read_shifted
+from tasks.fewshot.coop.splits import divide, read_split_file, write_split_file
+from tasks.fewshot.coop.table import PUBLIC_SETS, Layout, PublicSet
+from tasks.fewshot.folder import Splits
+from visionlora.errors import DataError, VisionLoraError
 
-DOWNLOAD_TIMEOUT = 30.0
-VALIDATION_SHARE = 0.2
-
-
-@dataclass(frozen=True)
-class PublicSet:
-    """Where a public data set lies and how its classes are asked for."""
-
-    coop_folder: str
-    images: str
-    split_file: str | None
-    template: str
-    torchvision: str | None = None
-    """Name of the torchvision class that downloads it."""
-    parts: tuple[str, ...] = ()
-    """torchvision's split arguments; two of them are (train, test), three (train, val, test)."""
-    pooled: bool = False
-    """All parts are pooled and split again, as CoOp does for this set."""
-    tree: str | None = None
-    """Class folders, relative to the root, where torchvision's own index is not needed."""
+__all__ = ["PUBLIC_SETS", "read_public_set"]
 
 
-PUBLIC_SETS: dict[str, PublicSet] = {
-    "caltech101": PublicSet(
-        "caltech-101", "101_ObjectCategories", "split_zhou_Caltech101.json", "a photo of a {}.",
-        "Caltech101", tree="caltech101/101_ObjectCategories",
-    ),
-    "pets": PublicSet(
-        "oxford_pets", "images", "split_zhou_OxfordPets.json", "a photo of a {}, a type of pet.",
-        "OxfordIIITPet", ("trainval", "test"),
-    ),
-    "flowers102": PublicSet(
-        "oxford_flowers", "jpg", "split_zhou_OxfordFlowers.json",
-        "a photo of a {}, a type of flower.", "Flowers102", ("train", "val", "test"), pooled=True,
-    ),
-    "food101": PublicSet(
-        "food-101", "images", "split_zhou_Food101.json", "a photo of {}, a type of food.",
-        "Food101", ("train", "test"), pooled=True,
-    ),
-    "aircraft": PublicSet(
-        "fgvc_aircraft", "images", None, "a photo of a {}, a type of aircraft.",
-        "FGVCAircraft", ("train", "val", "test"),
-    ),
-    "sun397": PublicSet(
-        "sun397", "SUN397", "split_zhou_SUN397.json", "a photo of a {}.", "SUN397", pooled=True,
-    ),
-    "dtd": PublicSet(
-        "dtd", "images", "split_zhou_DescribableTextures.json", "{} texture.",
-        "DTD", ("train", "val", "test"), pooled=True,
-    ),
-    "eurosat": PublicSet(
-        "eurosat", "2750", "split_zhou_EuroSAT.json", "a centered satellite photo of {}.",
-        "EuroSAT", tree="eurosat/2750",
-    ),
-    "cars": PublicSet(
-        "stanford_cars", ".", "split_zhou_StanfordCars.json", "a photo of a {}.",
-    ),
-    "ucf101": PublicSet(
-        "ucf101", "UCF-101-midframes", "split_zhou_UCF101.json",
-        "a photo of a person doing {}.",
-    ),
-}  # fmt: skip
+def read_public_set(
+    name: str, root: Path, own_split: bool = False
+) -> tuple[tuple[str, ...], Splits, str]:
+    """Return class names, splits and the split's origin: `zhou`, `official` or `own`.
 
-RENAMED = {
-    "airplanes": "airplane",
-    "Faces": "face",
-    "Leopards": "leopard",
-    "Motorbikes": "motorbike",
-    "AnnualCrop": "Annual Crop Land",
-    "HerbaceousVegetation": "Herbaceous Vegetation Land",
-    "Highway": "Highway or Road",
-    "Industrial": "Industrial Buildings",
-    "Pasture": "Pasture Land",
-    "PermanentCrop": "Permanent Crop Land",
-    "Residential": "Residential Buildings",
-    "SeaLake": "Sea or Lake",
-}
-DROPPED = frozenset({"BACKGROUND_Google", "Faces_easy"})
-
-
-def read_public_set(name: str, root: Path) -> tuple[tuple[str, ...], Splits, str]:
-    """Return class names, splits and the split's origin: `zhou`, `official` or `own`."""
+    Raises:
+        DataError: missing images, lists or split file, or ones that contradict each other.
+    """
     source = PUBLIC_SETS[name]
-    folder = root / source.coop_folder
-    if source.split_file and (folder / source.split_file).is_file():
-        return *read_split_file(folder / source.split_file, folder / source.images), "zhou"
-    if source.torchvision is None:
+    published = _find(source, root, source.split_file) if source.split_name else None
+    if source.split_name and published is None and not own_split:
+        raise DataError(_without_split(name, source, root))
+    layout = _layout(name, source, root)
+    home, images = layout.home(root), layout.pictures(root)
+    if published is not None:
+        return *read_split_file(published, images), "zhou"
+    if source.split_name:
+        return *_own_split(name, source, root, home, images), "own"
+    if name == "imagenet":
+        return *read_imagenet(home, images), "official"
+    if name == "aircraft":
+        return *read_aircraft(home, images), "official"
+    return *read_shifted(home, images, numbered=name == "imagenetv2"), "official"
+
+
+def _own_split(
+    name: str, source: PublicSet, root: Path, home: Path, images: Path
+) -> tuple[tuple[str, ...], Splits]:
+    """Read the split that was made here before, or make it."""
+    file = _find(source, root, source.own_file)
+    if file is not None:
+        return read_split_file(file, images)
+    assert source.index is not None
+    try:
+        index = source.index(home, images)
+    except VisionLoraError:
+        raise
+    except (OSError, KeyError, ValueError, IndexError) as error:
+        missing = getattr(error, "filename", None)
+        reason = f"{missing} is missing" if missing else f"its lists cannot be read ({error!r})"
         raise DataError(
-            f"{name} cannot be downloaded; expected {folder / str(source.split_file)} and images "
-            f"in {folder / source.images}"
-        )
-    loaded = _torchvision(name, source, root)
-    if source.tree:
-        tree = {k: v for k, v in class_files(root / source.tree).items() if k not in DROPPED}
-        return _names(sorted(tree)), split_tree(tree, root / source.tree), "own"
-    classes = _names(loaded[0].classes)
-    parts = [_items(part) for part in loaded]
-    if source.pooled:
-        tree = {
-            f"{label:04d}": [item.source for item in group]  # type: ignore[misc]
-            for label, group in by_class([item for part in parts for item in part]).items()
-        }
-        return classes, split_tree(tree, root), "own"
-    if len(parts) == 2:
-        train, val = _with_validation(parts[0])
-        return classes, {"train": train, "val": val, "test": parts[1]}, "own"
-    return classes, dict(zip(("train", "val", "test"), parts, strict=True)), "official"
-
-
-def read_split_file(file: Path, images: Path) -> tuple[tuple[str, ...], Splits]:
-    """Read CoOp's `{"train": [[path, label, name], ...], "val": ..., "test": ...}`."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-        splits = {
-            split: [Item(images / path, int(label)) for path, label, _ in content[split]]
-            for split in ("train", "val", "test")
-        }
-        names = {int(label): name for split in splits for _, label, name in content[split]}
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        raise DataError(f"{file} is not a CoOp split file: {error!r}") from error
-    if sorted(names) != list(range(len(names))):
-        raise DataError(f"{file} has labels {sorted(names)[:5]}..., expected 0, 1, 2, ...")
-    return tuple(names[label].replace("_", " ") for label in sorted(names)), splits
-
-
-def _torchvision(name: str, source: PublicSet, root: Path) -> list[Any]:
-    try:
-        from torchvision import datasets
-    except ImportError as error:
-        raise ConfigError(f"{name} needs torchvision: pip install torchvision") from error
-    cls = getattr(datasets, str(source.torchvision))
-    arguments = [{"split": part} for part in source.parts] or [{}]
-    try:
-        return [cls(root, **kwargs, download=False) for kwargs in arguments]
-    except (RuntimeError, OSError):
-        pass
-    before = set(root.iterdir()) if root.is_dir() else None
-    try:
-        with _socket_timeout(DOWNLOAD_TIMEOUT):
-            return [cls(root, **kwargs, download=True) for kwargs in arguments]
-    except (RuntimeError, OSError) as error:
-        _remove_empty(root, before)
-        reason = str(getattr(error, "reason", error)).splitlines()[0]
-        raise DataError(
-            f"cannot download {name} to {root} ({reason}); put the images there yourself (CoOp's "
-            f"layout {source.coop_folder}/{source.images}) or use --dataset folder:PATH or digits"
+            f"no own split of {name}: {reason}; {source.split_file} is not there either"
         ) from error
+    splits = divide(index, images)
+    write_split_file(home / source.own_file, index.names, splits, images)
+    return tuple(label.replace("_", " ") for label in index.names), splits
 
 
-@contextmanager
-def _socket_timeout(seconds: float) -> Iterator[None]:
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(seconds)
-    try:
-        yield
-    finally:
-        socket.setdefaulttimeout(before)
+def _layout(name: str, source: PublicSet, root: Path) -> Layout:
+    """Return the first layout whose images are there, after a download if need be."""
+    for layout in source.layouts:
+        if _has_images(layout, root):
+            return layout
+    if source.torchvision is None:
+        places = ", ".join(str(layout.pictures(root)) for layout in source.layouts)
+        raise DataError(
+            f"{name} cannot be downloaded and is not there; expected images in {places}"
+        )
+    download(name, source.torchvision, root, source.layouts[0].pictures(root))
+    return next(
+        (layout for layout in source.layouts if _has_images(layout, root)), source.layouts[-1]
+    )
 
 
-def _remove_empty(root: Path, before: set[Path] | None) -> None:
-    """Take back the empty folders that a failed download made."""
-    if not root.is_dir():
-        return
-    made = set(root.iterdir()) - (before or set())
-    for folder in sorted(
-        {path for top in made for path in [top, *top.rglob("*")] if path.is_dir()}, reverse=True
-    ):
-        if not any(folder.iterdir()):
-            folder.rmdir()
-    if before is None and not any(root.iterdir()):
-        root.rmdir()
+def _has_images(layout: Layout, root: Path) -> bool:
+    """Tell whether the folder of images is there; one that is the home itself has sub-folders."""
+    pictures = layout.pictures(root)
+    if layout.images != ".":
+        return pictures.is_dir()
+    return pictures.is_dir() and any(entry.is_dir() for entry in pictures.iterdir())
 
 
-def _items(part: Any) -> list[Item]:
-    """Read torchvision's index; its attribute names differ between classes."""
-    files = getattr(part, "_image_files", None) or part._images
-    pairs = sorted(zip(map(Path, files), part._labels, strict=True))
-    return [Item(file, int(label)) for file, label in pairs]
+def _find(source: PublicSet, root: Path, file: str) -> Path | None:
+    """Look for a split file in the folders of all layouts, and in the root."""
+    places = [*(layout.home(root) for layout in source.layouts), root]
+    return next((place / file for place in places if (place / file).is_file()), None)
 
 
-def _with_validation(items: list[Item]) -> tuple[list[Item], list[Item]]:
-    rng = random.Random(SPLIT_SEED)
-    train: list[Item] = []
-    val: list[Item] = []
-    for group in by_class(items).values():
-        chosen = set(rng.sample(range(len(group)), round(len(group) * VALIDATION_SHARE)))
-        for index, item in enumerate(group):
-            (val if index in chosen else train).append(item)
-    return train, val
-
-
-def _names(folders: list[str]) -> tuple[str, ...]:
-    return tuple(RENAMED.get(name, name).replace("_", " ").replace("/", " ") for name in folders)
+def _without_split(name: str, source: PublicSet, root: Path) -> str:
+    layout = source.layouts[0]
+    return (
+        f"{name} needs CoOp's split file {layout.home(root) / source.split_file} (images in "
+        f"{layout.pictures(root)}); without it --own-split divides the images by the same rule, "
+        "which gives figures that are not comparable with published ones"
+    )
