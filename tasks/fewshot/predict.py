@@ -1,7 +1,10 @@
-"""Classify a user's own pictures with a saved adapter: a CSV file and a picture grid."""
+"""Classify a user's own pictures with a saved adapter: a CSV file and a picture grid.
 
-import csv
-import io
+A folder of any size streams through: pictures are decoded, classified and written batch by batch.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,19 +15,24 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from tasks.fewshot.adapter_files import load_adapter
-from tasks.fewshot.backbones import TINY
+from tasks.fewshot.adapter_files import Description, load_adapter
+from tasks.fewshot.backbones import TINY, Backbone
 from tasks.fewshot.classifier import Classifier
 from tasks.fewshot.evaluate import BATCH, merged_for, pick_device, threads
 from tasks.fewshot.folder import list_images
 from tasks.fewshot.images import Transform, decode_all, evaluation_pixels, open_image
 from tasks.fewshot.pictures import save_grid
+from tasks.fewshot.predictions import Prediction, PredictionFile
 from tasks.fewshot.report import print_note
 from tasks.fewshot.sampling import Item
 from tasks.fewshot.text import tokenize
 from visionlora.errors import ConfigError, DataError
-from visionlora.io.atomic import write_text_atomically
+from visionlora.training import Progress
 
+PROGRESS_SECONDS = 5.0
+"""How often progress is said where there is no terminal for a bar."""
+NAMED_UNREADABLE = 5
+"""So many unreadable pictures are named on the screen, and all of them in the file."""
 GRID_IMAGES = 36
 THUMBNAIL = 128
 
@@ -46,21 +54,12 @@ class PredictConfig:
     grid: int = GRID_IMAGES
     """Number of pictures in the grid, spread over the folder."""
     strict: bool = False
-    """Refuse unreadable pictures instead of leaving them out."""
+    """Stop at the first unreadable picture instead of noting it."""
 
     def __post_init__(self) -> None:
         """Check the range of the grid."""
         if self.grid < 1:
             raise ConfigError(f"--grid must be at least 1, got {self.grid}")
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """The two likeliest classes of one picture."""
-
-    file: Path
-    names: tuple[str, str]
-    probabilities: tuple[float, float]
 
 
 def run(config: PredictConfig) -> dict[str, Any]:
@@ -75,82 +74,120 @@ def run(config: PredictConfig) -> dict[str, Any]:
     backbone, description, transform = load_adapter(
         Path(config.adapter).expanduser(), config.pretrained
     )
+    output = Path(config.output or f"runs/fewshot/predict-{folder.resolve().name}").expanduser()
+    wanted = spread(files, config.grid)
+    shown: list[Prediction] = []
+    unreadable: list[Prediction] = []
+    done = 0
+    with (
+        PredictionFile(output / "predictions.csv", folder) as table,
+        Progress(len(files), "predict", plain_every=PROGRESS_SECONDS) as progress,
+        classifying(backbone, description, transform, device) as model,
+    ):
+        for batch in predict(model, files, description.classes, transform, device):
+            bad = [item for item in batch if item.error]
+            if bad and config.strict:
+                raise DataError(f"unreadable picture {bad[0].file}: {bad[0].error}")
+            table.write(batch)
+            unreadable += bad
+            shown += [item for item in batch if item.file in wanted and not item.error]
+            done += len(batch)
+            progress.show(done, f"{len(unreadable)} unreadable")
+        if len(unreadable) == len(files):
+            raise DataError(
+                f"none of the {len(files)} pictures in {folder} can be read; "
+                f"{unreadable[0].file.name}: {unreadable[0].error}"
+            )
+    if shown:
+        write_grid(shown, output / "grid.png")
+    _report(len(files), unreadable, output, description.random_weights)
+    return {
+        "predicted": len(files) - len(unreadable),
+        "skipped": len(unreadable),
+        "output": str(output),
+    }
+
+
+@contextmanager
+def classifying(
+    backbone: Backbone, description: Description, transform: Transform, device: torch.device
+) -> Iterator[Classifier]:
+    """Return a context with the classifier of an adapter that is loaded in `backbone`, merged."""
     tokens = tokenize(description.classes, description.templates, backbone.tokenizer)
     model = Classifier(backbone.clip, tokens, transform, "both").to(device).eval()
-    merged = merged_for(model.clip, description.method)
-    with threads(1 if description.backbone == TINY else None), merged:
-        found, skipped = predict(
-            model, files, description.classes, transform, device, config.strict
-        )
-    if not found:
-        raise DataError(f"none of the {len(files)} pictures in {folder} can be read")
-    output = Path(config.output or f"runs/fewshot/predict-{folder.resolve().name}").expanduser()
-    write_csv(found, folder, output / "predictions.csv")
-    write_grid(found, config.grid, output / "grid.png")
-    if description.random_weights:
-        print_note("random weights: the predictions mean nothing")
-    if skipped:
-        print_note(f"{len(skipped)} unreadable pictures left out, first: {skipped[0]}")
-    print_note(f"{len(found)} pictures: {output / 'predictions.csv'}, {output / 'grid.png'}")
-    return {"predicted": len(found), "skipped": len(skipped), "output": str(output)}
+    few = threads(1 if description.backbone == TINY else None)
+    with few, merged_for(model.clip, description.method):
+        model.cache_text()
+        yield model
+
+
+def predict(
+    model: Classifier,
+    files: Sequence[Path],
+    classes: Sequence[str],
+    transform: Transform,
+    device: torch.device,
+    best: int = 2,
+) -> Iterator[list[Prediction]]:
+    """Yield predictions in the order of `files`, one batch at a time, with the `best` classes.
+
+    Only one batch of pictures is in memory, at the model's input size; files are decoded on a few
+    threads, which hold one full-size picture each.
+    """
+    size = BATCH.get(device.type, 64)
+    for start in range(0, len(files), size):
+        part = files[start : start + size]
+        scored, errors = _scores(model, part, transform, device, min(best, len(classes)))
+        found = iter(scored)
+        yield [
+            Prediction(file, error=error) if error else _named(file, *next(found), classes)
+            for file, error in zip(part, errors, strict=True)
+        ]
 
 
 @torch.inference_mode()
-def predict(
-    model: Classifier,
-    files: list[Path],
-    classes: Any,
-    transform: Transform,
-    device: torch.device,
-    strict: bool = False,
-) -> tuple[list[Prediction], list[str]]:
-    """Return a prediction for every readable file, and why the others cannot be read."""
-    found: list[Prediction] = []
-    skipped: list[str] = []
-    model.cache_text()
-    size = BATCH.get(device.type, 64)
-    for start in range(0, len(files), size):
-        kept: list[tuple[Path, Tensor]] = []
-        items = [Item(file, 0) for file in files[start : start + size]]
-        for item, pixels, reason in decode_all(
-            items, lambda source: evaluation_pixels(source, transform)
-        ):
-            if pixels is not None:
-                kept.append((Path(str(item.source)), pixels))
-            elif strict:
-                raise DataError(f"unreadable picture {reason}")
-            else:
-                skipped.append(reason)
-        if not kept:
-            continue
-        logits = model(torch.stack([pixels for _, pixels in kept]).to(device))
-        best = logits.float().softmax(-1).topk(2)
-        for (file, _), values, labels in zip(
-            kept, best.values.tolist(), best.indices.tolist(), strict=True
-        ):
-            names = classes[labels[0]], classes[labels[1]]
-            found.append(Prediction(file, names, (values[0], values[1])))
-    return found, skipped
+def _scores(
+    model: Classifier, files: Sequence[Path], transform: Transform, device: torch.device, best: int
+) -> tuple[list[tuple[list[float], list[int]]], list[str]]:
+    """Return the best probabilities and labels of the readable files, and the errors of all."""
+    pixels, errors = _decode(files, transform)
+    if not pixels:
+        return [], errors
+    logits = model(torch.stack(pixels).to(device)).float()
+    top = logits.softmax(-1).topk(best)
+    return list(zip(top.values.tolist(), top.indices.tolist(), strict=True)), errors
 
 
-def write_csv(found: list[Prediction], folder: Path, path: Path) -> None:
-    """Write one line per picture: name, class, probability, runner-up."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["image", "class", "probability", "second_class", "second_probability"])
-    for item in found:
-        first, second = item.probabilities
-        name = item.file.relative_to(folder).as_posix()
-        writer.writerow([name, item.names[0], f"{first:.4f}", item.names[1], f"{second:.4f}"])
-    write_text_atomically(path, text.getvalue())
+def _decode(files: Sequence[Path], transform: Transform) -> tuple[list[Tensor], list[str]]:
+    """Return the pixels of the readable files, and for every file its error or nothing."""
+    pixels: list[Tensor] = []
+    errors: list[str] = []
+    items = [Item(file, 0) for file in files]
+    for item, image, reason in decode_all(
+        items, lambda source: evaluation_pixels(source, transform)
+    ):
+        if image is not None:
+            pixels.append(image)
+        errors.append(reason.removeprefix(f"{item.source}: "))
+    return pixels, errors
 
 
-def write_grid(found: list[Prediction], count: int, path: Path) -> None:
-    """Draw up to `count` pictures, spread over all of them, with class and probability."""
-    step = max(1.0, len(found) / count)
-    chosen = [found[int(index * step)] for index in range(min(count, len(found)))]
-    thumbnails = [thumbnail(item.file) for item in chosen]
-    captions = [f"{item.names[0]}\n{100 * item.probabilities[0]:.0f} %" for item in chosen]
+def _named(
+    file: Path, values: list[float], labels: list[int], classes: Sequence[str]
+) -> Prediction:
+    return Prediction(file, tuple(classes[label] for label in labels), tuple(values))
+
+
+def spread(files: Sequence[Path], count: int) -> set[Path]:
+    """Return up to `count` of the files, evenly spread over them."""
+    step = max(1.0, len(files) / count)
+    return {files[int(index * step)] for index in range(min(count, len(files)))}
+
+
+def write_grid(shown: Sequence[Prediction], path: Path) -> None:
+    """Draw pictures with class and probability."""
+    thumbnails = [thumbnail(item.file) for item in shown]
+    captions = [f"{item.names[0]}\n{100 * item.probabilities[0]:.0f} %" for item in shown]
     save_grid(thumbnails, captions, path)
 
 
@@ -158,3 +195,18 @@ def thumbnail(file: Path) -> NDArray[np.uint8]:
     """Return a small square picture with the whole image in its middle."""
     size = (THUMBNAIL, THUMBNAIL)
     return np.asarray(ImageOps.pad(open_image(file), size, Image.Resampling.BICUBIC, color="white"))
+
+
+def _report(count: int, unreadable: list[Prediction], output: Path, random_weights: bool) -> None:
+    if random_weights:
+        print_note("random weights: the predictions mean nothing")
+    for item in unreadable[:NAMED_UNREADABLE]:
+        print_note(f"unreadable: {item.file}: {item.error}")
+    if unreadable:
+        print_note(
+            f"{len(unreadable)} of {count} pictures are unreadable; "
+            "the column `error` of predictions.csv says why"
+        )
+    print_note(
+        f"{count - len(unreadable)} pictures: {output / 'predictions.csv'}, {output / 'grid.png'}"
+    )

@@ -12,7 +12,7 @@ __all__ = ["Progress"]
 
 
 class Progress:
-    """Shows step, loss, learning rate, speed and remaining time on stderr.
+    """Shows step, figures, speed and remaining time on stderr.
 
     Args:
         total: number of steps of the whole run.
@@ -58,11 +58,15 @@ class Progress:
 
     def update(self, step: int, loss: float, lr: float) -> None:
         """Show that `step` steps are done, with the latest loss and learning rate."""
+        self.show(step, f"loss {loss:.4g} lr {lr:.3g}")
+
+    def show(self, step: int, figures: str) -> None:
+        """Show that `step` steps are done, with some figures, speed and remaining time."""
         now = time.monotonic()
         if self._bar is None and not (self._plain and now - self._spoke >= self.plain_every):
             return
         rate = (step - self.start) / max(now - self._began, 1e-9)
-        figures = f"loss {loss:.4g} lr {lr:.3g} {rate:.3g} it/s"
+        figures = f"{figures} {rate:.3g} it/s"
         if self._bar is not None:
             self._bar.update(self._task, completed=step, figures=figures)
         else:

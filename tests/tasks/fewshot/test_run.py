@@ -86,6 +86,8 @@ def test_a_saved_adapter_predicts_what_the_evaluation_counted(digits, tmp_path):
     found = predict.run(predict.PredictConfig(adapter=str(folder), **config))
     assert (found["predicted"], found["skipped"]) == (60, 1)
     rows = list(csv.DictReader((tmp_path / "out" / "predictions.csv").open()))
+    assert [row["image"] for row in rows] == sorted([*truth, "broken.png"])
+    rows = [row for row in rows if not row["error"]]
     assert [row["image"] for row in rows] == sorted(truth)
     right = 100 * sum(truth[row["image"]] == row["class"] for row in rows) / 60
     assert right == pytest.approx(result["per_seed"][0]["accuracy"], abs=12)
