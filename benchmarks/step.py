@@ -113,13 +113,11 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 def add_setting(parser: argparse.ArgumentParser, *, repeats: int, minutes: float) -> None:
     """Add the options that say what is measured with, and for how long."""
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write one line per row")
-    parser.add_argument(
-        "--rank", type=_count, help="rank of every method; default: 8, for VeRA 256"
-    )
-    parser.add_argument("--batch", type=_count, default=8, help="images per step (8)")
-    parser.add_argument("--depth", type=_count, default=2, help="transformer blocks (2)")
-    parser.add_argument("--repeats", type=_count, default=repeats, help=f"timed rounds ({repeats})")
-    parser.add_argument("--threads", type=_count, default=1, help="torch threads (1)")
+    parser.add_argument("--rank", type=count, help="rank of every method; default: 8, for VeRA 256")
+    parser.add_argument("--batch", type=count, default=8, help="images per step (8)")
+    parser.add_argument("--depth", type=count, default=2, help="transformer blocks (2)")
+    parser.add_argument("--repeats", type=count, default=repeats, help=f"timed rounds ({repeats})")
+    parser.add_argument("--threads", type=count, default=1, help="torch threads (1)")
     parser.add_argument(
         "--minutes",
         type=float,
@@ -137,7 +135,7 @@ def check_json(path: Path | None) -> None:
         raise OutputError(f"cannot write {path}: its folder does not exist")
 
 
-def _count(text: str) -> int:
+def count(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} is not positive")

@@ -124,7 +124,7 @@ class SpIELController(Controller):
         seen = self.seen[name]
         flat = gradient.flatten().to(self.moments[name]["mean"].dtype)
         if seen.candidates is not None:
-            found = flat[seen.candidates]
+            found = flat.index_select(0, seen.candidates)
             seen.now = found if seen.now is None else seen.now + found
             return
         flat = flat if seen.dense is None else seen.dense + flat
@@ -134,8 +134,8 @@ class SpIELController(Controller):
             return
         flat = context.mean(flat)
         count = len(self.moments[name]["mean"])
-        seen.candidates = flat.abs().topk(count, sorted=False).indices
-        seen.now, seen.dense = flat[seen.candidates], None
+        seen.candidates = flat.abs().topk(count, sorted=False).indices.int()
+        seen.now, seen.dense = flat.index_select(0, seen.candidates), None
 
     def on_grads_ready(self, context: StepContext) -> None:
         """Count the gradients of this step, averaged over processes and as if unscaled."""
