@@ -6,13 +6,14 @@ import math
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.utils.checkpoint import checkpoint
 
 import visionlora as vl
 from tests.contract.cases import deltas_of, inject, randomise
 from tests.contract.kinds import KINDS
 from tests.ranks.planted import WIDTH, Problem
 from tests.tolerances import assert_close
-from visionlora.dynamics import Stepper
+from visionlora.dynamics import PlainBackend, Stepper
 from visionlora.dynamics.sam import SAMConfig
 from visionlora.errors import ConfigError
 from visionlora.methods.parts.sparse import adam_step, regrow, sm3_step
@@ -308,6 +309,49 @@ def test_accumulated_micro_batches_equal_one_batch(problem):
         assert_close(parts[path], change)
     first, _ = course(problem, 4, candidates="batch")
     assert any(not torch.allclose(first[path], change) for path, change in whole.items())
+
+
+class Scaled(PlainBackend):
+    """Scales the loss, as half precision does."""
+
+    def loss_scale(self):
+        return 1024.0
+
+    def backward(self, loss):
+        super().backward(loss * 1024.0)
+
+    def unscale(self, optimizer):
+        for group in optimizer.param_groups:
+            for item in group["params"]:
+                item.grad /= 1024.0
+
+
+def test_a_scaled_loss_changes_no_number(problem):
+    found = []
+    for backend in (PlainBackend(), Scaled()):
+        model, controller, stepper = setup(problem)
+        stepper.backend = backend
+        train(problem, stepper, 10)
+        found.append((changes(model), controller.moments))
+    (one, moments), (other, scaled) = found
+    assert all(torch.equal(other[path], change) for path, change in one.items())
+    for name, state in moments.items():
+        assert all(torch.equal(scaled[name][key], value) for key, value in state.items())
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("name", ["linear-wide", "qkv-slices", "conv-strided"])
+def test_gradient_checkpointing_shows_the_gradient_once(name, reentrant):
+    (kind,) = (item for item in WEIGHTS if item.name == name)
+    model, inputs = inject(kind.model(), SpIELConfig(density=0.3), kind), kind.inputs()
+    seen = []
+    for run in (model, lambda x: checkpoint(model, x, use_reentrant=reentrant)):
+        for delta in deltas_of(model).values():
+            delta.observer = lambda g: seen.append(g.clone())
+        run(inputs[0].clone().requires_grad_()).square().sum().backward()
+    first, second = seen[: len(seen) // 2], seen[len(seen) // 2 :]
+    assert len(first) == len(deltas_of(model))
+    assert all(torch.equal(*pair) for pair in zip(first, second, strict=True))
 
 
 def test_a_skipped_step_moves_nothing_and_puts_a_selection_off(problem):
