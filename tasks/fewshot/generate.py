@@ -19,6 +19,7 @@ from rich.table import Table
 from torch import Tensor
 
 import visionlora as vl
+from tasks.fewshot.adapt import adapt
 from tasks.fewshot.backbones import TINY
 from tasks.fewshot.config import FewshotConfig
 from tasks.fewshot.datasets import Dataset
@@ -28,7 +29,6 @@ from tasks.fewshot.report import PLAIN_WIDTH, print_note
 from tasks.fewshot.sampling import Item, few_shot
 from tasks.fewshot.shots import Shots, load_shots
 from tasks.fewshot.task_vector import task_vector
-from tasks.fewshot.train import adapt
 from visionlora.errors import ConfigError
 from visionlora.generate import (
     Generator,

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 import visionlora as vl
+from tasks.fewshot.adapt import adapt
 from tasks.fewshot.config import FewshotConfig
 from tasks.fewshot.experiment import prepare
-from tasks.fewshot.train import adapt
 from visionlora.training import RunDirectory
 
 
