@@ -5,6 +5,7 @@ mask no token sees what follows it, so cutting all prompts after the longest end
 nothing and saves most of the text tower's work and memory.
 """
 
+import textwrap
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -27,14 +28,40 @@ def check_templates(templates: Sequence[str]) -> None:
 
 
 def tokenize(
-    classes: Sequence[str], templates: Sequence[str], tokenizer: Callable[[list[str]], Tensor]
+    classes: Sequence[str], templates: Sequence[str], tokenizer: Callable[..., Tensor]
 ) -> Tensor:
-    """Return tokens `[templates, classes, context]`; `_` in a class name is read as a space."""
+    """Return tokens `[templates, classes, context]`; `_` in a class name is read as a space.
+
+    Raises:
+        ConfigError: a template without a place for the name, or a prompt that is too long.
+    """
     check_templates(templates)
     names = [name.replace("_", " ") for name in classes]
     return torch.stack(
-        [tokenizer([template.replace("{}", name) for name in names]) for template in templates]
+        [
+            _tokens([template.replace("{}", name) for name in names], tokenizer)
+            for template in templates
+        ]
     )
+
+
+def _tokens(prompts: list[str], tokenizer: Callable[..., Tensor]) -> Tensor:
+    """Return tokens, and refuse a prompt that the tokeniser would cut off."""
+    tokens = tokenizer(prompts)
+    context = tokens.shape[1]
+    padding = tokenizer([""])[0, -1]
+    # The end-of-text token may be the padding too, so a cut prompt may end with one.
+    full = [index for index, row in enumerate(tokens) if row[-2] != padding]
+    if full:
+        longer = tokenizer([prompts[index] for index in full], context_length=2 * context)
+        for index, row in zip(full, longer, strict=True):
+            count = int(row.ne(padding).sum())
+            if count > int(tokens[index].ne(padding).sum()):
+                raise ConfigError(
+                    f"prompt {textwrap.shorten(prompts[index], 80)!r} is longer than the {context} "
+                    "tokens that the text tower reads; shorten the class name or the template"
+                )
+    return tokens
 
 
 def text_features(clip: Any, tokens: Tensor) -> Tensor:

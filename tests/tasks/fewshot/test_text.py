@@ -78,3 +78,21 @@ def test_underscores_are_spaces():
 def test_templates_must_name_the_class_once(template):
     with pytest.raises(ConfigError, match="once"):
         tokenize(CLASSES, [template], open_clip.SimpleTokenizer())
+
+
+@pytest.mark.parametrize("padding", [0, 49407], ids=["own padding", "padded with end-of-text"])
+def test_a_prompt_that_would_be_cut_off_is_refused(padding):
+    """A prompt of exactly the context is fine, one more token is not."""
+    plain = open_clip.SimpleTokenizer(context_length=12)
+
+    def tokenizer(texts, context_length=None):
+        tokens = plain(texts, context_length)
+        return tokens.masked_fill(tokens == 0, padding)
+
+    fits = "cat " * 10  # with the tokens of start and end: 12
+    assert tokenize(["dog", fits], ["{}"], tokenizer).shape == (1, 2, 12)
+    with pytest.raises(
+        ConfigError, match=r"prompt 'cat cat .* longer than the 12 tokens"
+    ) as caught:
+        tokenize(["dog", fits + "cat"], ["{}"], tokenizer)
+    assert "\n" not in str(caught.value)
