@@ -53,19 +53,39 @@ def _run(config: FewshotConfig) -> dict[str, Any]:
         run_seed(experiment, seed, directory.child(f"seed_{seed}"), first if not index else None)
         for index, seed in enumerate(config.seed)
     ]
+    result = finish(experiment, directory, zero, seeds, before)
+    if directory.main:
+        print_result(result, directory.path)
+    return result
+
+
+def finish(
+    experiment: Experiment,
+    directory: RunDirectory,
+    zero: dict[str, float],
+    seeds: list[dict[str, Any]],
+    before: float,
+) -> dict[str, Any]:
+    """Write result.json and confusion.png of a run whose seeds are done, and return the former.
+
+    Args:
+        experiment: What the seeds share.
+        directory: The run's folder.
+        zero: Figures before training.
+        seeds: What `run_seed` returned.
+        before: Seconds spent before the first seed.
+    """
+    config = experiment.config
     result = summarise(experiment, zero, seeds, before)
     if directory.main:
-        files = [directory.path / f"seed_{seed}" / "confusion.csv" for seed in config.seed]
+        files = [directory.path / f"seed_{item['seed']}" / "confusion.csv" for item in seeds]
         save_confusion(
             np.sum([read_matrix(file) for file in files], axis=0),
             experiment.dataset.classes,
             f"{config.dataset}, {config.method}, {config.shots} shots: {result['accuracy']:.1f} %",
             directory.path / "confusion.png",
         )
-    result = directory.write_result(result)
-    if directory.main:
-        print_result(result, directory.path)
-    return result
+    return directory.write_result(result)
 
 
 def run_seed(
@@ -132,6 +152,8 @@ def _announce(experiment: Experiment, zero: dict[str, float], directory: RunDire
     config, dataset = experiment.config, experiment.dataset
     if experiment.backbone.random_weights:
         print_note("random weights: accuracies mean nothing, only timings do")
+    if dataset.split == "own":
+        print_note(f"own split of {dataset.name}: not comparable with published figures")
     if short := short_classes(dataset.train, config.shots):
         label, count = min(short.items(), key=lambda pair: pair[1])
         what = "all are used" if config.short_class == "keep" else "some are repeated"
