@@ -253,8 +253,6 @@ def _as_config(
             f"{recipe.method!r} and pass parse({method!r}).build_dynamics(model, optimizer, steps) "
             "to fit or to a Stepper"
         )
-    if options.get("offset"):
-        raise ConfigError(f"{method}: offset is set by initialisers and restarts, not by hand")
     if init is not None and init in own_starts(get_method(recipe.method).config):
         return recipe.config(**options, init=init), None
     if init is not None and recipe.init is not None:

@@ -58,9 +58,15 @@ class Recipe:
         Raises:
             ConfigError: an unknown or wrong option, or a product that makes no sense with it.
         """
-        fields = get_method(self.method).config.__dataclass_fields__
+        kind = get_method(self.method).config
+        _check_forms(kind, self.dynamics)  # before options that another form would not have
+        fields = kind.__dataclass_fields__
         implied = {key: value for key, value in self.implied.items() if key in fields}
         config = build_config(self.method, {**implied, **self.options, **options})
+        if getattr(config, "offset", 0):
+            raise ConfigError(
+                f"{self.method}: offset is set by initialisers and restarts, not by hand"
+            )
         check_product(config, self.init, self.dynamics)
         return config
 
@@ -151,10 +157,16 @@ def check_product(
             f"{' and '.join(twice)} both move the parameters for a second look at the loss, and "
             "neither would see the point that it asks for; leave one out"
         )
+    _check_forms(type(config), dynamics)
     for item in dynamics:
-        if item.forms is not None and config.form not in item.forms:
-            raise ConfigError(f"{item.name} cannot train {config.method}: {item.why}")
         item.check(config, [other for other in dynamics if other is not item])
+
+
+def _check_forms(kind: type[AdapterConfig], dynamics: tuple[DynamicsConfig, ...]) -> None:
+    """Refuse dynamics that cannot train a method."""
+    for item in dynamics:
+        if item.forms is not None and kind.form not in item.forms:
+            raise ConfigError(f"{item.name} cannot train {kind.method}: {item.why}")
 
 
 def _split(text: str) -> list[str]:
@@ -186,9 +198,10 @@ def _read_part(part: str, text: str) -> tuple[str, dict[str, Any]]:
     try:
         call = ast.parse(f"f({inside})", mode="eval").body
         assert isinstance(call, ast.Call)
-        if call.args or any(item.arg is None for item in call.keywords):
+        options = {str(item.arg): _literal(item.value) for item in call.keywords if item.arg}
+        if call.args or len(options) != len(call.keywords):  # no name, or one twice
             raise ValueError
-        return name, {str(item.arg): _literal(item.value) for item in call.keywords}
+        return name, options
     except (SyntaxError, ValueError):
         raise ConfigError(
             f"{text!r}: the options of {name} must read key=value, as in glad(rho=0.1)"
@@ -216,7 +229,7 @@ def _unknown(name: str, text: str) -> None:
         using = [preset.name for preset in list_presets() if name in preset.factors]
         raise ConfigError(
             f"{text!r} must begin with a method, and {name} is none: write "
-            f"{using[0] if using else f'lora+{name}'}"
+            f"{using[0] if using else f'{_first_method(name)}+{name}'}"
         )
     hint = nearest(name, known) or f"; known: {', '.join(sorted(known))}"
     raise ConfigError(f"unknown method {name!r}{hint}")
@@ -224,7 +237,14 @@ def _unknown(name: str, text: str) -> None:
 
 def _unknown_factor(name: str, text: str) -> None:
     known = [*list_initialisers(), *list_dynamics()]
-    if name in list_methods():
+    if name in list_methods() or get_preset(name) is not None:
         raise ConfigError(f"{text!r} has two methods; {name} must stand alone or come first")
     hint = nearest(name, known) or f"; known: {', '.join(sorted(known))}"
     raise ConfigError(f"{text!r}: {name!r} is neither an initialiser nor a dynamics{hint}")
+
+
+def _first_method(factor: str) -> str:
+    """Return a method that an initialiser or a dynamics without a preset goes with."""
+    forms = _factor(factor, factor).forms
+    methods = ["lora", *list_methods()]
+    return next(m for m in methods if forms is None or get_method(m).config.form in forms)

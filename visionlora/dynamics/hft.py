@@ -25,9 +25,9 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from visionlora.config import AdapterConfig
+from visionlora.config import AdapterConfig, Form
 from visionlora.dynamics.config import DynamicsConfig
-from visionlora.dynamics.masks import Masks, trained_blocks
+from visionlora.dynamics.masks import MASKED, WHY, Masks, trained_blocks
 from visionlora.errors import ConfigError
 from visionlora.registry import register_dynamics, register_preset
 
@@ -40,6 +40,8 @@ class HFTConfig(DynamicsConfig):
     """Options of Half Fine-Tuning."""
 
     name: ClassVar[str] = "hft"
+    forms: ClassVar[frozenset[Form] | None] = MASKED
+    why: ClassVar[str] = WHY
 
     reselect_every: int | None = None
     """Applied steps between two draws; None keeps the first one."""

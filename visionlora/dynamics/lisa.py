@@ -25,9 +25,9 @@ from typing import ClassVar, Literal
 import torch
 from torch import nn
 
-from visionlora.config import AdapterConfig
+from visionlora.config import AdapterConfig, Form
 from visionlora.dynamics.config import DynamicsConfig
-from visionlora.dynamics.masks import Masks, trained_blocks
+from visionlora.dynamics.masks import MASKED, WHY, Masks, trained_blocks
 from visionlora.errors import ConfigError
 from visionlora.registry import register_dynamics, register_preset
 
@@ -37,6 +37,8 @@ class LISAConfig(DynamicsConfig):
     """Options of LISA."""
 
     name: ClassVar[str] = "lisa"
+    forms: ClassVar[frozenset[Form] | None] = MASKED
+    why: ClassVar[str] = WHY
 
     gamma: int = 2
     """Number of blocks that train at a time."""

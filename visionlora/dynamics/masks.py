@@ -8,16 +8,21 @@ a new one. A unit that stays keeps its state, so a draw of everything is ordinar
 """
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import nn
 
+from visionlora.config import Form
 from visionlora.dynamics.base import Dynamics, StepContext
 from visionlora.dynamics.blocks import blocks_of
 from visionlora.dynamics.stepper import shortlist
 from visionlora.errors import ConfigError
 from visionlora.sites import named_generator
+
+MASKED: frozenset[Form] = frozenset(get_args(Form)) - {"sparse"}
+"""Forms of method of which a part can be frozen for a time."""
+WHY = "its entries move to where gradients are, and what is frozen has none"
 
 
 class Masks(Dynamics):
