@@ -12,7 +12,7 @@ import numpy as np
 
 from tasks.fewshot.folder import read_folder
 from tasks.fewshot.public_sets import PUBLIC_SETS, read_public_set
-from tasks.fewshot.sampling import Item, by_class
+from tasks.fewshot.sampling import Item, by_class, restrict
 from visionlora.errors import ConfigError, DataError, nearest
 
 DEFAULT_TEMPLATE = "a photo of a {}."
@@ -119,6 +119,15 @@ def for_validation(dataset: Dataset) -> Dataset:
         train += group[:kept]
         test += group[kept:]
     return replace(dataset, train=train, test=test)
+
+
+def of_classes(dataset: Dataset, labels: range) -> Dataset:
+    """Return the part of `dataset` that belongs to some classes, relabelled from 0."""
+    train, val, test = (
+        restrict(part, labels) for part in (dataset.train, dataset.val, dataset.test)
+    )
+    classes = dataset.classes[labels.start : labels.stop]
+    return replace(dataset, classes=classes, train=train, val=val, test=test)
 
 
 def limited(dataset: Dataset, limit: int) -> Dataset:

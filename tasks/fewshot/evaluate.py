@@ -19,6 +19,7 @@ import visionlora as vl
 from tasks.fewshot.classifier import LOGIT_SCALE, Classifier
 from tasks.fewshot.images import Transform, decode_all, evaluation_pixels
 from tasks.fewshot.sampling import Item
+from visionlora.compose import parse
 from visionlora.errors import ConfigError, DataError
 from visionlora.registry import get_method
 
@@ -107,7 +108,7 @@ class Scores:
 
 def merged_for(clip: nn.Module, method: str) -> AbstractContextManager[Any]:
     """Return a context in which the adapter is merged; one that routes by input stays as it is."""
-    return vl.merged(clip) if get_method(method).delta.mergeable else nullcontext()
+    return vl.merged(clip) if get_method(parse(method).method).delta.mergeable else nullcontext()
 
 
 @torch.inference_mode()

@@ -25,7 +25,7 @@ def save_confusion(
     """Draw counts by true (rows) and predicted (columns) class, coloured by share of the row."""
     share = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
     side = min(14.0, max(4.5, 2.5 + 0.4 * len(classes)))
-    figure = _figure(side + 0.8, side)
+    figure = new_figure(side + 0.8, side)
     axes = figure.subplots()
     image = axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
     if len(classes) <= MAX_TICKS:
@@ -38,7 +38,7 @@ def save_confusion(
     axes.set(xlabel="predicted", ylabel="true")
     axes.set_title(title, fontsize=10)
     figure.colorbar(image, ax=axes, label="share of the true class", fraction=0.046)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def save_grid(
@@ -47,23 +47,25 @@ def save_grid(
     """Draw pictures `HxWx3` with a caption each."""
     columns = min(columns, len(images))
     rows = -(-len(images) // columns)
-    figure = _figure(1.9 * columns, 2.3 * rows)
+    figure = new_figure(1.9 * columns, 2.3 * rows)
     cells = figure.subplots(rows, columns, squeeze=False).flatten()
     for cell in cells:
         cell.axis("off")
     for cell, image, caption in zip(cells, images, captions, strict=False):
         cell.imshow(image, interpolation="nearest")
         cell.set_title(caption, fontsize=8)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
-def _figure(width: float, height: float) -> "Figure":
+def new_figure(width: float, height: float) -> "Figure":
+    """Return an empty figure of a size in inches, outside of any window system."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def _save(figure: "Figure", path: Path) -> Path:
+def save_figure(figure: "Figure", path: Path) -> Path:
+    """Write a figure as PNG, completely or not at all."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight")
     return write_atomically(path, lambda temporary: _write(temporary, buffer.getvalue()))
