@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test test-slow check format bench methods docs tables clean
+.PHONY: demo test test-slow check format bench methods presets docs tables clean
 
 demo: $(VENV)/.fewshot
 	$(RUN) scripts/fewshot.py --output runs/demo --overwrite
@@ -29,6 +29,11 @@ bench: $(VENV)/.dev
 
 methods: $(VENV)/.dev
 	$(RUN) benchmarks/methods.py
+	$(RUN) scripts/tables.py
+
+presets: $(VENV)/.dev
+	$(RUN) benchmarks/methods.py --presets
+	$(RUN) benchmarks/planted.py
 	$(RUN) scripts/tables.py
 
 tables: $(VENV)/.dev

@@ -36,7 +36,7 @@ from visionlora.training.cli import run_cli
 
 RESULTS = Path(__file__).parent / "results"
 MOST_TRIALS = 7
-REFERENCES = ("lora", "lora(dropout=0.0)", "full", "lora-xs", "slora", "spiel")
+REFERENCES = ("lora", "lora(dropout=0.0)", "full", "lora-fa", "lora-xs", "slora", "spiel")
 """What presets are beside; some of them ask for LoRA's dropout to be left out."""
 
 
@@ -45,6 +45,8 @@ def main(argv: list[str] | None = None) -> None:
     options = parse_arguments(argv)
     torch.set_num_threads(1)
     usual = preset_names() if options.presets else vl.list_methods()
+    if options.presets and options.choose:  # methods alone have their rates
+        usual = [name for name in usual if name not in vl.list_methods()]
     names = options.methods or usual
     for name in names:
         vl.parse(name)
@@ -70,6 +72,7 @@ def test(names: list[str], options: argparse.Namespace) -> None:
             "method": name,
             "zero_shot": round(zero, 2),
             "accuracy": round(statistics.mean(accuracies), 2),
+            "accuracies": [round(value, 2) for value in accuracies],
             "std": round(statistics.stdev(accuracies), 2) if len(accuracies) > 1 else None,
             "seeds": seeds,
             "steps": options.steps,

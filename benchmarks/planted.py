@@ -39,7 +39,7 @@ REFERENCES = (
     *("dora", "block-lora", "slora", "lora-fa", "lora-xs", "spiel", "full"),
     # As many scalars as LoRA of rank 4.
     *("lora-xs(rank=19)", "lora-sb(rank=19)"),
-    *("lora-fa+projected", "lora-xs+projected", "block-lora+lora-ga+glad"),
+    "block-lora+lora-ga+glad",
 )
 
 
@@ -67,10 +67,14 @@ def measure(
     """Choose a learning rate on `others` and return what it does on `problems`."""
     recipe = vl.parse(name)
 
-    def curves(exponent: int, chosen: Sequence[Problem]) -> list[Curve]:
-        return [train(recipe, BASE_RATE * FACTOR**exponent, item, steps) for item in chosen]
+    def curves(exponent: int, chosen: Sequence[Problem], until: float = 0.0) -> list[Curve]:
+        lr = BASE_RATE * FACTOR**exponent
+        return [train(recipe, lr, item, steps, until) for item in chosen]
 
-    best, found = climb(lambda exponent: _score(curves(exponent, others), steps), 0, MOST_TRIALS)
+    def score(exponent: int) -> tuple[float, float]:
+        return _score(curves(exponent, others, until=min(TARGETS)), steps)
+
+    best, found = climb(score, 0, MOST_TRIALS)
     runs = curves(best, problems)
     return {
         "method": name,

@@ -124,8 +124,16 @@ class Curve:
         return sum(last) / len(last)
 
 
-def train(recipe: vl.Recipe, lr: float, problem: Problem, steps: int) -> Curve:
-    """Train a product on a problem with AdamW at a constant rate; a diverged run ends at inf."""
+def train(recipe: vl.Recipe, lr: float, problem: Problem, steps: int, until: float = 0.0) -> Curve:
+    """Train a product on a problem with AdamW at a constant rate; a diverged run ends at inf.
+
+    Args:
+        recipe: the product.
+        lr: learning rate.
+        problem: what to learn.
+        steps: length of the run.
+        until: a loss at which it may end sooner.
+    """
     model = problem.base()
     with torch.no_grad():
         before = float(loss(model, problem.held_out))
@@ -152,6 +160,8 @@ def train(recipe: vl.Recipe, lr: float, problem: Problem, steps: int) -> Curve:
             stepper.step([problem.batch(step)], lambda batch: loss(model, batch))
             with torch.no_grad():
                 losses.append(float(loss(model, problem.held_out)) / before)
+            if losses[-1] < until:
+                return Curve(losses, count)
             if not math.isfinite(losses[-1]):
                 break
     except VisionLoraError:  # not finite for many steps in a row

@@ -10,10 +10,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 import torch
 from torch import nn
 
 import visionlora as vl
+from benchmarks import composition, outcomes
 from visionlora.config import AdapterConfig
 from visionlora.io.atomic import write_text_atomically
 from visionlora.methods import Delta
@@ -50,7 +53,10 @@ def method_index() -> str:
     """Return the same table with links that hold inside `docs/methods/`, and the presets."""
     table = method_table().replace("(docs/methods/", "(")
     presets = ["| preset | of | what it sets |", "|---|---|---|"]
-    presets += [f"| `{item.name}` | `{item.method}` | {item.summary} |" for item in list_presets()]
+    presets += [
+        f"| `{item.name}` | `{'+'.join([item.method, *item.factors])}` | {item.summary} |"
+        for item in list_presets()
+    ]
     return table + "\n\n" + "\n".join(presets)
 
 
@@ -157,8 +163,22 @@ TABLES = {
     "method-index": method_index,
     "measured": measured_table,
     "step": step_table,
+    "starts": composition.starts,
+    "dynamics": composition.dynamics,
+    "composition": composition.compatibility,
+    "exclusions": composition.exclusions,
+    "planted": outcomes.planted,
+    "presets": outcomes.fewshot,
+    "overhead": outcomes.overhead,
+    "memory": outcomes.memory,
 }
-FILES = ("README.md", "docs/index.md", "docs/methods/index.md", "docs/performance.md")
+FILES = (
+    "README.md",
+    "docs/index.md",
+    "docs/methods/index.md",
+    "docs/methods/starts-and-dynamics.md",
+    "docs/performance.md",
+)
 
 
 def filled(text: str) -> str:
@@ -175,7 +195,9 @@ def filled(text: str) -> str:
 def method_page(name: str) -> str:
     """Return the page of one method: its module docstring, and its options."""
     method = vl.get_method(name)
-    options = json.dumps(method.config().to_dict(), indent=2)
+    values = method.config().to_dict()
+    values.pop("offset", None)  # not for users: starts and restarts set it
+    options = json.dumps(values, indent=2)
     return (
         f"# {name}\n\n```text\n{method.documentation.strip()}\n```\n\n"
         f'Defaults: `vl.inject(model, "{name}", ...)`\n\n```json\n{options}\n```\n'
@@ -189,7 +211,7 @@ def pages() -> dict[Path, str | None]:
     }
     known = {PAGES / f"{name}.md": method_page(name) for name in vl.list_methods()}
     wanted |= dict.fromkeys(
-        path for path in PAGES.glob("*.md") if path.name != "index.md" and path not in known
+        path for path in PAGES.glob("*.md") if path not in known and path not in wanted
     )
     return {**wanted, **known}
 
