@@ -1,0 +1,252 @@
+"""Carry out a protocol: check everything, train every cell, test, write the table.
+
+All cells of a data set share the backbone, the decoded test images and one zero-shot pass. A cell
+is an ordinary run folder; what is finished is read, what was interrupted continues from its last
+checkpoint. A data set, a prompt or an option that cannot be used is refused before anything trains;
+a cell that fails later (a divergence) is named at the end, and the others go on.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import cache
+from typing import Any
+
+from tasks.fewshot.backbones import TINY, Backbone, load_backbone
+from tasks.fewshot.datasets import Dataset, load_dataset
+from tasks.fewshot.evaluate import threads
+from tasks.fewshot.experiment import Experiment, prepare
+from tasks.fewshot.protocol.config import EXTENSIBLE, Cell, ProtocolConfig
+from tasks.fewshot.protocol.figures import Record, measured
+from tasks.fewshot.protocol.progress import Progress
+from tasks.fewshot.protocol.rates import (
+    check_validation,
+    choose_rate,
+    trials,
+    validation_experiment,
+)
+from tasks.fewshot.protocol.transfer import as_target, tested, zero_shot
+from tasks.fewshot.protocol.write import write_table
+from tasks.fewshot.rate_search import with_searched_rate
+from tasks.fewshot.report import print_note
+from tasks.fewshot.train import MAY_CHANGE, finish, run_seed
+from visionlora.errors import DivergedError, VisionLoraError
+from visionlora.training import RunDirectory
+
+
+@dataclass
+class Table:
+    """What a protocol found."""
+
+    records: list[Record] = field(default_factory=list)
+    zero: dict[str, dict[str, float]] = field(default_factory=dict)
+    """Zero-shot figures by data set."""
+    splits: dict[str, str] = field(default_factory=dict)
+    """Whose division into training and test images, by data set."""
+    failed: dict[str, str] = field(default_factory=dict)
+    """Why a cell has no figures."""
+
+
+@dataclass
+class Bench:
+    """What is shared while a protocol runs."""
+
+    config: ProtocolConfig
+    backbone: Backbone
+    datasets: dict[str, Dataset]
+    directory: RunDirectory
+    progress: Progress
+    table: Table
+
+
+def run(config: ProtocolConfig) -> dict[str, Any]:
+    """Carry out a protocol and return what is written to its result.json.
+
+    Raises:
+        VisionLoraError: something that cannot be used, before any training; or cells that failed,
+            after all others are done and the table is written.
+    """
+    with threads(1 if config.backbone == TINY else None):
+        return _run(config)
+
+
+def _run(config: ProtocolConfig) -> dict[str, Any]:
+    backbone = load_backbone(config.backbone, config.pretrained)
+    names = dict.fromkeys([*([config.training] if config.training else []), *config.datasets])
+    datasets = {
+        name: load_dataset(name, config.root, config.own_split)
+        for name in names
+        if name is not None
+    }
+    check(config, backbone, datasets)
+    directory = RunDirectory(config.folder, resume=True)
+    directory.write_config(config, volatile=EXTENSIBLE)
+    table = Table(splits={name: dataset.split for name, dataset in datasets.items()})
+    bench = Bench(
+        config, backbone, datasets, directory, _progress(config, datasets, directory), table
+    )
+    for name in dict.fromkeys(cell.dataset for cell in config.cells()):
+        _train_all(bench, name)
+    result: dict[str, Any] = {}
+    if directory.main:
+        result = write_table(
+            config, table.records, table.zero, table.splits, table.failed, directory
+        )
+    if table.failed:
+        first, reason = next(iter(table.failed.items()))
+        raise VisionLoraError(f"{len(table.failed)} cells failed; {first}: {reason}")
+    return result
+
+
+def check(config: ProtocolConfig, backbone: Backbone, datasets: dict[str, Dataset]) -> None:
+    """Refuse what cannot be used, before anything is written or trained.
+
+    Raises:
+        VisionLoraError: naming the data set or the method.
+    """
+    first = config.cells()[0]
+    sources: dict[str, Experiment] = {}
+    for cell in config.cells():
+        # A method meets the backbone, a data set its classes and prompts: no need to try all pairs.
+        in_first = (cell.shots, cell.dataset) == (first.shots, first.dataset)
+        if in_first or cell.dataset not in sources:
+            settings = config.cell(cell.method, cell.dataset, cell.shots)
+            sources[cell.dataset] = prepare(settings, datasets[cell.dataset], backbone)
+    if trials(config, first.dataset, first.method):
+        for name in sources:
+            check_validation(datasets[name])
+    if config.transfers:
+        for name in config.datasets:
+            as_target(config, sources[first.dataset], datasets[name])
+
+
+def _train_all(bench: Bench, name: str) -> None:
+    """Train every cell of one data set, then test what was trained on it elsewhere."""
+    config, cells = bench.config, [cell for cell in bench.config.cells() if cell.dataset == name]
+    dataset = bench.datasets[name]
+    shared = prepare(config.cell(cells[0].method, name, cells[0].shots), dataset, bench.backbone)
+    done: list[Cell] = []
+    rates: dict[str, float] = {}
+
+    @cache
+    def zero() -> dict[str, float]:
+        figures = shared.figures(shared.score())
+        if bench.directory.main:
+            print_note(f"{name}: zero-shot {_said(figures)}")
+        return figures
+
+    @cache
+    def validation() -> Experiment:
+        return validation_experiment(config, dataset, bench.backbone)
+
+    for cell in cells:
+        try:
+            changes: dict[str, Any] = {}
+            if trials(config, name, cell.method):
+                if cell.method not in rates:
+                    rates[cell.method] = choose_rate(
+                        config, validation(), cell, bench.directory, bench.progress
+                    )
+                changes["lr"] = rates[cell.method]
+            settings = config.cell(cell.method, name, cell.shots, **changes)
+            experiment = replace(shared, config=settings.resolved(dataset.templates))
+            _train_cell(bench, experiment, cell, zero)
+            done.append(cell)
+        except DivergedError as error:
+            bench.table.failed[str(cell)] = str(error)
+            for seed in config.seed:
+                bench.progress.drop((f"{cell}, seed {seed}", cell.method))
+            print_note(f"{cell}: {error}")
+    if config.transfers:
+        _transfer(bench, shared, done)
+
+
+def _train_cell(
+    bench: Bench, experiment: Experiment, cell: Cell, zero: Callable[[], dict[str, float]]
+) -> None:
+    """Train the seeds of a cell that are missing, and add the figures of all to the table."""
+    directory = bench.directory.child(cell.path)
+    directory.write_config(experiment.config, volatile=MAY_CHANGE)
+    before = _result(directory)
+    missing = set(experiment.config.seed) - set(before["seeds"] if before else ())
+    if missing:
+        zero()  # said before the first figure of the data set
+    experiment = with_searched_rate(experiment, directory)
+    seeds = []
+    for seed in experiment.config.seed:
+        seeds.append(run_seed(experiment, seed, directory.child(f"seed_{seed}"), None))
+        bench.progress.done((f"{cell}, seed {seed}", cell.method), _said(measured(seeds[-1])))
+    if before is None or missing:
+        before = finish(experiment, directory, zero(), seeds, 0.0)
+    found = {key.removeprefix("zero_shot_"): before[key] for key in before if "zero_shot_" in key}
+    bench.table.zero[cell.dataset] = measured({"accuracy": before["zero_shot"], **found})
+    bench.table.records += [
+        Record(
+            cell.dataset,
+            cell.method,
+            cell.shots,
+            int(item["seed"]),
+            measured(item),
+            float(before["lr"]),
+            int(item["steps"]),
+            int(item["trainable_parameters"]),
+            experiment.dataset.split,
+            "source" if bench.config.transfers else "test",
+        )
+        for item in seeds
+    ]
+
+
+def _transfer(bench: Bench, source: Experiment, cells: list[Cell]) -> None:
+    """Test all adapters of the source on every target, one target after the other."""
+    trained = {(item.method, item.shots, item.seed): item for item in bench.table.records}
+    for name in bench.config.datasets:
+        target = as_target(bench.config, source, bench.datasets[name])
+        bench.table.zero[name] = measured(zero_shot(target, bench.directory))
+        for cell, seed, figures in tested(target, cells, bench.directory):
+            bench.table.records.append(
+                replace(
+                    trained[cell.method, cell.shots, seed],
+                    dataset=name,
+                    figures=measured(figures),
+                    split=target.dataset.split,
+                    role="target",
+                )
+            )
+
+
+def _progress(
+    config: ProtocolConfig, datasets: dict[str, Dataset], directory: RunDirectory
+) -> Progress:
+    """Plan every run that is not done yet."""
+    planned: dict[tuple[str, str], int] = {}
+    found: set[str] = set()
+    for cell in config.cells():
+        settings = config.cell(cell.method, cell.dataset, cell.shots)
+        steps = settings.resolved(datasets[cell.dataset].templates).steps or 1
+        runs = [
+            (str(trial), f"{trial.path}/seed_{trial.seed}")
+            for trial in trials(config, cell.dataset, cell.method)
+        ]
+        runs += [(f"{cell}, seed {seed}", f"{cell.path}/seed_{seed}") for seed in config.seed]
+        for name, path in runs:
+            if (directory.path / path / "result.json").is_file():
+                found.add(name)
+            else:
+                planned[name, cell.method] = steps
+    return Progress(planned, len(found), enabled=directory.main)
+
+
+def _result(directory: RunDirectory) -> dict[str, Any] | None:
+    file = directory.path / "result.json"
+    if not file.is_file():
+        return None
+    result: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return result
+
+
+def _said(figures: dict[str, float]) -> str:
+    return ", ".join(
+        f"{value:.1f} %" if key == "accuracy" else f"{key.replace('_', ' ')} {value:.1f} %"
+        for key, value in figures.items()
+    )

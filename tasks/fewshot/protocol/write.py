@@ -1,0 +1,112 @@
+"""What a protocol leaves: runs.csv, summary.csv, table.md, plot.png, result.json, and one table."""
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from tasks.fewshot.protocol.config import ProtocolConfig
+from tasks.fewshot.protocol.figures import (
+    AVERAGE,
+    Line,
+    Record,
+    average,
+    averages,
+    lines,
+    reference_of,
+)
+from tasks.fewshot.protocol.plot import save_plot
+from tasks.fewshot.protocol.tables import Grid, grids, runs_csv, summary_csv
+from tasks.fewshot.report import PLAIN_WIDTH
+from visionlora.io.atomic import write_text_atomically
+from visionlora.training import RunDirectory
+
+
+def write_table(
+    config: ProtocolConfig,
+    records: Sequence[Record],
+    zero: dict[str, dict[str, float]],
+    splits: dict[str, str],
+    failed: dict[str, str],
+    directory: RunDirectory,
+) -> dict[str, Any]:
+    """Write all files, print the table that sums up, and return result.json's content."""
+    reference = reference_of(config.method)
+    found = lines(records, reference)
+    tested = [name for name in zero if name != config.training]
+    if len(tested) > 1:
+        zero = {**zero, AVERAGE: average([zero[name] for name in tested])}
+    tables = grids(config, found, zero, splits, reference)
+    notes = _notes(config, splits, failed, reference)
+    folder = directory.path
+    write_text_atomically(folder / "runs.csv", runs_csv(records))
+    write_text_atomically(folder / "summary.csv", summary_csv(found, zero, reference))
+    head = f"# {config.name}: {config.backbone}, accuracy in %\n"
+    text = [head, *(table.markdown() for table in tables), *(f"{note}\n" for note in notes)]
+    write_text_atomically(folder / "table.md", "\n".join(text))
+    if found:
+        title = f"{config.name}, {config.backbone}"
+        save_plot([*records, *averages(records)], found, zero, title, folder / "plot.png")
+    result = directory.write_result(_result(config, found, zero, splits, failed, reference))
+    if tables:
+        _print(tables[-1], [*notes, f"table: {folder / 'table.md'}, plot: {folder / 'plot.png'}"])
+    return result
+
+
+def _result(
+    config: ProtocolConfig,
+    found: Sequence[Line],
+    zero: dict[str, dict[str, float]],
+    splits: dict[str, str],
+    failed: dict[str, str],
+    reference: str,
+) -> dict[str, Any]:
+    return {
+        "task": "fewshot-protocol",
+        "protocol": config.name,
+        "backbone": config.backbone,
+        "seeds": config.seed,
+        "compared_with": reference,
+        "splits": splits,
+        "zero_shot": zero,
+        "lines": found,
+        "failed": failed,
+    }
+
+
+def _notes(
+    config: ProtocolConfig, splits: dict[str, str], failed: dict[str, str], reference: str
+) -> list[str]:
+    seeds = ", ".join(map(str, config.seed))
+    several = len(config.seed) > 1
+    notes = [f"Mean ± standard deviation over seeds {seeds}." if several else f"One seed: {seeds}."]
+    if config.name == "base-to-new":
+        notes.append(
+            "H: harmonic mean of the mean base and new accuracies; its spread is that of the "
+            f"harmonic means of single seeds. Differences to {reference} are taken seed by seed."
+        )
+    if len(config.lr or ()) > 1:
+        rates = ", ".join(f"{lr:g}" for lr in config.lr or ())
+        where = "validation images of the base classes" if config.name == "base-to-new" else ""
+        notes.append(
+            f"Learning rate of each method chosen among {rates} on {where or 'validation images'}."
+        )
+    if own := [name for name, split in splits.items() if split == "own"]:
+        notes.append(f"Own split, not comparable with published figures: {', '.join(own)}.")
+    notes += [f"Failed: {cell}: {reason}" for cell, reason in failed.items()]
+    return notes
+
+
+def _print(grid: Grid, notes: Sequence[str]) -> None:
+    console = Console(width=None if sys.stdout.isatty() else max(PLAIN_WIDTH, 150), highlight=False)
+    table = Table(title=f"{grid.title}, accuracy in %", title_justify="left")
+    for index, column in enumerate(grid.columns):
+        table.add_column(column, justify="right" if index else "left")
+    for row in grid.rows:
+        table.add_row(*(Text(cell) for cell in row))
+    console.print(table)
+    for note in notes:
+        console.print(Text(note), soft_wrap=True)
