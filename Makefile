@@ -26,6 +26,7 @@ format: $(VENV)/.dev
 bench: $(VENV)/.dev
 	$(RUN) benchmarks/step.py --methods all --json benchmarks/results/step.jsonl --minutes 30
 	$(RUN) benchmarks/dynamics.py --json benchmarks/results/dynamics.jsonl
+	$(RUN) benchmarks/memory.py --json benchmarks/results/memory.jsonl
 
 methods: $(VENV)/.dev
 	$(RUN) benchmarks/methods.py

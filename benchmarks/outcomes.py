@@ -140,7 +140,7 @@ def memory(path: Path = RESULTS / "memory.jsonl") -> str:
     ]
     whole = lines[0]
     for line in lines:
-        cells = [f"{line[key] / 1e6:.2f} ({line[key] / whole[key]:.0%})" for key in keys]
+        cells = [f"{line[key] / 1e6:.2f} ({line[key] / whole[key]:.1%})" for key in keys]
         rows.append(f"| `{line['product']}` | {' | '.join(cells)} |")
     first = (
         f"`{whole['model']}` of {whole['depth']} blocks, batch {whole['batch']}, the largest of "
