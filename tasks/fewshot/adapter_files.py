@@ -55,19 +55,12 @@ def find_adapter(folder: Path) -> Path:
     return seeds[0]
 
 
-def load_adapter(
-    folder: Path, pretrained: str | None = None
-) -> tuple[Backbone, Description, Transform]:
-    """Build the backbone that an adapter was trained on and put the adapter into it.
-
-    Args:
-        folder: A seed's folder, or a run's (its first seed is taken).
-        pretrained: Weights to use instead of the recorded ones, for files that have moved.
+def read_description(folder: Path) -> tuple[Description, Transform]:
+    """Return what is said beside the tensors in the folder of an adapter.
 
     Raises:
-        AdapterFileError: files that are missing, damaged or for another model.
+        AdapterFileError: the description is missing, damaged or of another format.
     """
-    folder = find_adapter(folder)
     file = folder / DESCRIPTION
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
@@ -79,7 +72,26 @@ def load_adapter(
         raise AdapterFileError(
             f"{file} has format {description.format}; this version reads format {FORMAT}"
         )
-    backbone = load_backbone(description.backbone, pretrained or description.pretrained)
+    return description, transform
+
+
+def load_adapter(
+    folder: Path, pretrained: str | None = None, backbone: Backbone | None = None
+) -> tuple[Backbone, Description, Transform]:
+    """Build the backbone that an adapter was trained on and put the adapter into it.
+
+    Args:
+        folder: A seed's folder, or a run's (its first seed is taken).
+        pretrained: Weights to use instead of the recorded ones, for files that have moved.
+        backbone: A backbone to use instead of building one.
+
+    Raises:
+        AdapterFileError: files that are missing, damaged or for another model.
+    """
+    folder = find_adapter(folder)
+    description, transform = read_description(folder)
+    if backbone is None:
+        backbone = load_backbone(description.backbone, pretrained or description.pretrained)
     vl.load(backbone.clip, folder / TENSORS)
     backbone.clip.eval()
     return backbone, description, transform

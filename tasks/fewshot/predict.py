@@ -16,6 +16,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from tasks.fewshot.adapter_files import Description, load_adapter
+from tasks.fewshot.adapter_zip import unpacked
 from tasks.fewshot.backbones import TINY, Backbone
 from tasks.fewshot.classifier import Classifier
 from tasks.fewshot.evaluate import BATCH, merged_for, pick_device, threads
@@ -42,7 +43,7 @@ class PredictConfig:
     """Name the classes of the pictures in a folder with an adapter that a run has saved."""
 
     adapter: str
-    """Folder of a run, or of one of its seeds."""
+    """Folder of a run or of one of its seeds, or the zip file that scripts/app.py hands out."""
     images: str
     """Folder of pictures; sub-folders are searched too."""
     output: str | None = None
@@ -71,9 +72,8 @@ def run(config: PredictConfig) -> dict[str, Any]:
     if not files:
         raise DataError(f"no pictures in {folder}")
     device = pick_device(config.device)
-    backbone, description, transform = load_adapter(
-        Path(config.adapter).expanduser(), config.pretrained
-    )
+    with unpacked(Path(config.adapter).expanduser()) as place:
+        backbone, description, transform = load_adapter(place, config.pretrained)
     output = Path(config.output or f"runs/fewshot/predict-{folder.resolve().name}").expanduser()
     wanted = spread(files, config.grid)
     shown: list[Prediction] = []
