@@ -163,6 +163,7 @@ def train(
     dtype: torch.dtype = torch.float64,
     dropout: float = 0.0,
     resume: bool = False,
+    ends: int | None = None,
     at_step: Callable[[int, torch.Tensor], torch.Tensor] = lambda step, loss: loss,
     options: dict[str, Any] | None = None,
     **settings: Any,
@@ -176,6 +177,7 @@ def train(
         dtype: of the model and the data.
         dropout: of the model, outside of the adapter.
         resume: continue the run in the folder.
+        ends: the micro-batch that is missing, if one is.
         at_step: may replace the loss of a step, given its number; called after every forward.
         options: options of the method, the initialiser and the dynamics that have them.
         **settings: of the training.
@@ -198,6 +200,8 @@ def train(
     def batches(index: int) -> tuple[torch.Tensor, ...]:
         nonlocal latest
         latest = index
+        if index == ends:
+            raise StopIteration
         step, part = divmod(index, parts)
         return micro_batches(step, parts, dtype)[part]
 

@@ -262,6 +262,11 @@ def stored(module: Any, name: str) -> Tensor:
     return cast(Tensor, module._parameters[leaf])
 
 
+def is_quantised(weight: Tensor) -> bool:
+    """Tell whether a weight holds codes: integers, or floats of 8 bits, which have scales apart."""
+    return not weight.is_floating_point() or weight.element_size() < 2
+
+
 def rows_of(weight: Tensor, rows: tuple[int, int] | None) -> Tensor:
     """Return the rows of a weight that a site covers."""
     return weight if rows is None else weight[rows[0] : rows[1]]

@@ -17,7 +17,7 @@ from torch.nn.parameter import is_lazy
 
 from visionlora.errors import TargetError
 from visionlora.hosts.attention import AttentionHost
-from visionlora.hosts.base import Host, Mode
+from visionlora.hosts.base import Host, Mode, is_quantised
 from visionlora.hosts.conv import ConvHost
 from visionlora.hosts.dense import DenseHost
 from visionlora.hosts.embedding import EmbeddingHost
@@ -77,7 +77,7 @@ def describe(name: str, module: nn.Module, key: str) -> Site:
         return _describe_attention(name, module, key)
     weight = cast("Tensor | None", module._parameters.get("weight"))
     least = 1 if kind == "norm" else 2
-    if weight is None or is_lazy(weight) or weight.dim() < least or not weight.is_floating_point():
+    if weight is None or is_lazy(weight) or weight.dim() < least or is_quantised(weight):
         raise TargetError(
             f"{name or 'the layer'} ({type(module).__name__}) has no floating-point weight "
             "parameter: quantised, parametrised and lazy layers cannot carry an adapter"

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from visionlora.errors import ConfigError, DataError, NeverTrainedError
-from visionlora.hosts.base import parameter_name, stored, view_of
+from visionlora.hosts.base import is_quantised, parameter_name, stored, view_of
 from visionlora.init.sketch import Total, total_of
 from visionlora.ranks.structure import Place
 
@@ -44,7 +44,7 @@ class GradientCapture:
         self._hooks: list[RemovableHandle] = []
         for place in places:
             weight = stored(place.host, parameter_name(place.host, place.key))
-            if not weight.is_floating_point() or weight.element_size() < 2:
+            if is_quantised(weight):
                 raise ConfigError(
                     f"the weight of {place.name} is quantised "
                     f"({str(weight.dtype).removeprefix('torch.')}), so it has no gradient; "

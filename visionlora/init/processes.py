@@ -1,15 +1,29 @@
 """Sums over the processes of a distributed run; without one, every function is the identity."""
 
+import os
 from collections.abc import Iterable
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from visionlora.errors import ConfigError
+
 
 def several() -> bool:
-    """Return whether there is more than one process."""
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    """Return whether there is more than one process.
+
+    Raises:
+        ConfigError: this is one of several, but they cannot exchange anything yet.
+    """
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_world_size() > 1
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ConfigError(
+            "this is one of several processes, and their statistics cannot be added up yet: call "
+            "torch.distributed.init_process_group() first"
+        )
+    return False
 
 
 def first() -> bool:

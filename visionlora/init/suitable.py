@@ -6,7 +6,7 @@ from torch import nn
 
 from visionlora.config import AdapterConfig
 from visionlora.errors import ConfigError
-from visionlora.hosts.base import parameter_name, stored
+from visionlora.hosts.base import is_quantised, parameter_name, stored
 from visionlora.init.base import Initialiser
 from visionlora.sites import Site
 
@@ -64,10 +64,10 @@ def check_weights(
     for module, site in sites:
         weight = stored(module, parameter_name(module, site.key))
         where = site.name or "the layer"
-        if not weight.is_floating_point():
+        if is_quantised(weight):
             raise ConfigError(
-                f"{initialiser.name} needs the weight of {where} in floating point, it is "
-                f"{str(weight.dtype).removeprefix('torch.')}; start from the unquantised model"
+                f"{initialiser.name}: the weight of {where} is quantised "
+                f"({str(weight.dtype).removeprefix('torch.')}); start from the unquantised model"
             )
         names = owners.get(id(weight), [])
         if len(names) > 1 and (initialiser.residual or "gradient" in initialiser.needs):

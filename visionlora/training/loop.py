@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from visionlora.dynamics import Dynamics, Stepper, StepReport
+from visionlora.errors import DataError
 from visionlora.ranks import controllers_of, finalize
 from visionlora.ranks.optimizer import set_rates
 from visionlora.training.accelerator import AcceleratorBackend
@@ -88,6 +89,7 @@ def fit(
     Raises:
         NeverTrainedError: a trainable tensor is not optimised or the loss does not reach it.
         ConfigError: settings that this machine or the run being resumed does not allow.
+        DataError: `batches` raised StopIteration; a checkpoint of all steps done was written.
         OutputError: the run folder cannot be written.
         KeyboardInterrupt: after Ctrl-C, when a checkpoint has been written.
     """
@@ -162,7 +164,7 @@ class _Trainer:
                 first = step * settings.accumulate
                 apart = any(item.held_out(step) for item in self.controllers)
                 source = held_out if apart else batches
-                micro = [source(first + index) for index in range(settings.accumulate)]
+                micro = self._read(source, first)
                 report = stepper.step(micro, self._loss)
                 if report.changed:
                     self.wrapped = self._wrap()
@@ -175,6 +177,26 @@ class _Trainer:
                     self._save()
                 if stop:
                     raise KeyboardInterrupt
+
+    def _read(self, source: Callable[[int], Any], first: int) -> list[Any]:
+        """Return the micro-batches of a step; where they end, keep what was learnt and say so."""
+        found = []
+        try:
+            for index in range(self.settings.accumulate):
+                found.append(source(first + index))
+        except StopIteration:
+            pass
+        if self.backend.any(len(found) < self.settings.accumulate):
+            done, wanted = self.stepper.steps, self.settings.steps
+            kept = ""
+            if done > (self.resumed_from or 0):
+                self._save()
+                kept = f"; they are in {self.run.checkpoints.path}, to be resumed"
+            raise DataError(
+                f"the data ended after {done} of {wanted} steps{kept}: batches must return one for "
+                f"each of the {wanted * self.settings.accumulate} micro-steps (see StepSampler)"
+            )
+        return found
 
     def result(self) -> FitResult:
         """Leave the model as it is to be saved, and return the figures of the run."""
