@@ -31,7 +31,8 @@ TARGETS = (0.05, 0.01)
 """Losses to be reached, as fractions of that of the base."""
 STEPS = 200
 SEEDS, VALIDATION_SEEDS = (1, 2, 3), (101, 102)
-BASE_RATE, MOST_TRIALS = 0.01, 9
+BASE_RATE, START, MOST_TRIALS = 0.01, 1, 9
+"""Rates are the first times powers of `FACTOR`; the search begins at this power."""
 LISA = "lisa(gamma=1)"
 """The network has two blocks, and both at once would be full fine-tuning."""
 REFERENCES = (
@@ -74,7 +75,7 @@ def measure(
     def score(exponent: int) -> tuple[float, float]:
         return _score(curves(exponent, others, until=min(TARGETS)), steps)
 
-    best, found = climb(score, 0, MOST_TRIALS)
+    best, found = climb(score, START, MOST_TRIALS)
     runs = curves(best, problems)
     return {
         "method": name,

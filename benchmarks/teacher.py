@@ -31,6 +31,8 @@ from visionlora.sites import named_generator
 WIDTH, HIDDEN, DEPTH, RANK = 32, 64, 2, 4
 BATCH, HELD_OUT, LOOKED_AT = 64, 256, 8
 """Inputs of a step, inputs of the loss that is reported, batches for starts that look at data."""
+DIVERGED = 100.0
+"""Loss, relative to that of the base, from which no run comes back."""
 
 Batch = tuple[Tensor, Tensor]
 
@@ -162,14 +164,14 @@ def train(recipe: vl.Recipe, lr: float, problem: Problem, steps: int, until: flo
                 losses.append(float(loss(model, problem.held_out)) / before)
             if losses[-1] < until:
                 return Curve(losses, count)
-            if not math.isfinite(losses[-1]):
+            if not losses[-1] < DIVERGED:
                 break
     except VisionLoraError:  # not finite for many steps in a row
         pass
     finally:
         stepper.finish()
-    losses += [math.inf] * (steps - len(losses))
-    return Curve([value if math.isfinite(value) else math.inf for value in losses], count)
+    losses = [value if value < DIVERGED else math.inf for value in losses]
+    return Curve(losses + [math.inf] * (steps - len(losses)), count)
 
 
 def options_of(recipe: vl.Recipe, seed: int) -> dict[str, Any]:
