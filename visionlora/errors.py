@@ -7,6 +7,7 @@ VisionLoraError (ValueError)  a request that cannot be served: one line, and wha
 ├── AdapterFileError          a file that is truncated, foreign, inconsistent or for another model
 ├── AdapterStateError         a verb in the wrong state: merging twice, an unknown adapter name
 ├── NeverTrainedError         an adapter or head that receives no gradient
+├── DivergedError             a training whose loss or gradients stay non-finite
 ├── DataError                 images or folders that cannot be read or do not suffice
 └── OutputError               a folder or file that cannot be written
 ```
@@ -22,6 +23,7 @@ __all__ = [
     "AdapterStateError",
     "ConfigError",
     "DataError",
+    "DivergedError",
     "NeverTrainedError",
     "OutputError",
     "TargetError",
@@ -52,6 +54,10 @@ class AdapterStateError(VisionLoraError):
 
 class NeverTrainedError(VisionLoraError):
     """A trainable tensor that the loss does not reach."""
+
+
+class DivergedError(VisionLoraError):
+    """A training whose loss or gradients stay non-finite."""
 
 
 class DataError(VisionLoraError):

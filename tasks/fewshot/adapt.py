@@ -34,6 +34,7 @@ def adapt(
         model.clip.visual.eval()
         source = FeatureBatches(batches, _frozen_features(model, shots))
     assert config.lr is not None
+    assert not isinstance(config.lr, str)
     assert config.steps is not None
     _initialise(experiment, model, source)
     clip = experiment.backbone.clip

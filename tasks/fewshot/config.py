@@ -17,6 +17,15 @@ from visionlora.config import LowRankConfig
 from visionlora.errors import ConfigError
 from visionlora.registry import get_method
 
+AUTO = "auto"
+"""`--lr auto`: the learning rate is searched, see `tasks/fewshot/rate_search.py`."""
+LR_TRIALS = 9
+LR_SHARE = 4
+"""The longest trial of a search has this fraction of the run's steps."""
+AT_LEAST_ONE = (
+    *("shots", "steps", "batch_size", "limit_steps", "limit_test"),
+    *("init_batches", "lr_trials", "lr_steps"),
+)
 ADAM_BETAS = (0.9, 0.999)
 WEIGHT_DECAY = 1e-2
 INIT_BATCHES = 8
@@ -66,8 +75,12 @@ class FewshotConfig:
     """Which towers get adapters."""
     params: list[str] = field(default_factory=lambda: ["q", "k", "v"])
     """Which projections: any of q k v out mlp."""
-    lr: float | None = None
-    """Learning rate; default from the backbone's recipe, for the tiny model by method."""
+    lr: float | Literal["auto"] | None = None
+    """Learning rate, or auto: searched on validation images. Default: the backbone's recipe."""
+    lr_trials: int | None = None
+    """How many rates --lr auto tries (9)."""
+    lr_steps: int | None = None
+    """Steps of the longest trial of --lr auto (a quarter of the run's)."""
     steps: int | None = None
     """Optimiser steps; default from the backbone's recipe (ViT: 500 per shot, 100 base-to-new)."""
     batch_size: int = 32
@@ -97,11 +110,16 @@ class FewshotConfig:
 
     def __post_init__(self) -> None:
         """Check ranges, and that the method has the options."""
-        for name in ("shots", "steps", "batch_size", "limit_steps", "limit_test", "init_batches"):
+        for name in AT_LEAST_ONE:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
-        if self.lr is not None and not 0 < self.lr < float("inf"):
+        for name in ("lr_trials", "lr_steps"):
+            if self.lr != AUTO and getattr(self, name) is not None:
+                raise ConfigError(f"--{name.replace('_', '-')} belongs to --lr auto; leave it out")
+        if isinstance(self.lr, str) and self.lr != AUTO:
+            raise ConfigError(f"--lr must be a positive number or auto, got {self.lr!r}")
+        if isinstance(self.lr, float | int) and not 0 < self.lr < float("inf"):
             raise ConfigError(f"--lr must be positive, got {self.lr}")
         if not self.seed or min(self.seed) < 0 or len(set(self.seed)) < len(self.seed):
             raise ConfigError(f"--seed needs different numbers from 0 on, got {self.seed}")
@@ -132,10 +150,14 @@ class FewshotConfig:
             preset.steps_per_shot if self.setting == "all" else preset.base_to_new_steps_per_shot
         )
         steps = self.steps or per_shot * self.shots
+        steps = min(steps, self.limit_steps or steps)
+        auto = self.lr == AUTO
         return dataclasses.replace(
             self,
             lr=self.lr or preset.lr * (rate_of(self.method) if self.backbone == TINY else 1.0),
-            steps=min(steps, self.limit_steps or steps),
+            lr_trials=(self.lr_trials or LR_TRIALS) if auto else None,
+            lr_steps=min(steps, self.lr_steps or max(1, steps // LR_SHARE)) if auto else None,
+            steps=steps,
             template=self.template or list(templates),
             adapter={key: value for key, value in options.items() if key != "seed"},
             init_batches=(self.init_batches or INIT_BATCHES) if self.looks_at_data else None,

@@ -1,6 +1,7 @@
 """What all seeds of a run share: data, frozen backbone, settings, test images."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,6 +33,8 @@ class Experiment:
     device: torch.device
     tokens: Tensor
     test: TestImages
+    lr_search: dict[str, Any] | None = None
+    """What `--lr auto` tried, found and cost."""
 
     @property
     def trained_classes(self) -> range:

@@ -19,6 +19,8 @@ def print_note(text: str) -> None:
 def print_result(result: dict[str, Any], path: Path) -> None:
     """Print the closing table: zero-shot, every seed, mean and spread, then the cost."""
     console = Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH, highlight=False)
+    if "lr_search" in result:
+        console.print(search_table(result["lr_search"]))
     console.print(result_table(result))
     console.print(Text(cost_line(result)))
     notes = []
@@ -59,6 +61,32 @@ def result_table(result: dict[str, Any]) -> Table:
         )
     gains = [result[key] - value for key, value in zip(columns, zero, strict=True)]
     table.add_row("gain", *(f"{gain:+.1f}" for gain in gains))
+    return table
+
+
+def search_table(search: dict[str, Any]) -> Table:
+    """Return one row per learning rate that was tried, and what the search cost."""
+    table = Table(
+        title=f"lr {search['lr']:g}, chosen on {search['images']} {search['validation']}",
+        title_justify="left",
+        caption=f"{len(search['trials'])} trials, {search['steps']} steps, "
+        f"{search['seconds']:.0f} s",
+        caption_justify="left",
+        min_width=60,
+    )
+    for heading in ("lr", "steps", "validation %", "loss"):
+        table.add_column(heading, justify="right")
+    table.add_column("")
+    for trial in sorted(search["trials"], key=lambda trial: trial["lr"]):
+        chosen = trial["lr"] == search["lr"]
+        table.add_row(
+            f"{trial['lr']:g}",
+            str(trial["steps"]),
+            f"{trial['accuracy']:.1f}",
+            "" if trial["loss"] is None else f"{trial['loss']:.3f}",
+            "chosen" if chosen else trial["outcome"],
+            style="bold" if chosen else None,
+        )
     return table
 
 

@@ -46,6 +46,10 @@ def summarise(
     if "base" in result:
         # The harmonic mean belongs to the averages, not the average to the harmonic means.
         result["harmonic_mean"] = round(harmonic_mean(result["base"], result["new"]), 4)
+    if experiment.lr_search is not None:
+        result["lr_search"] = experiment.lr_search
+        # Also where an earlier part of the run has searched.
+        before_seconds += experiment.lr_search["seconds"]
     result |= {
         "trainable_parameters": seeds[0]["trainable_parameters"],
         "total_parameters": sum(p.numel() for p in backbone.clip.parameters()),

@@ -16,10 +16,11 @@ from visionlora.training.sampler import StepSampler, process, shard
 
 @dataclass(frozen=True)
 class Shots:
-    """Decoded training images, their labels from 0, and the files that had to be left out."""
+    """Decoded training images, their labels from 0, their items, and files that were left out."""
 
     images: list[Tensor]
     labels: Tensor
+    items: list[Item]
     skipped: list[str]
 
 
@@ -66,6 +67,7 @@ def load_shots(
     return Shots(
         [image for _, image in kept],
         torch.tensor([item.label - labels.start for item, _ in kept]),
+        [item for item, _ in kept],
         list(skipped),
     )
 

@@ -15,6 +15,7 @@ from tasks.fewshot.evaluate import Scores, merged_for, threads
 from tasks.fewshot.experiment import Experiment, prepare
 from tasks.fewshot.output import open_run, taken_back_on_error
 from tasks.fewshot.pictures import save_confusion
+from tasks.fewshot.rate_search import check_search, with_searched_rate
 from tasks.fewshot.report import print_note, print_result
 from tasks.fewshot.results import read_matrix, summarise, write_matrix
 from tasks.fewshot.sampling import short_classes
@@ -44,11 +45,13 @@ def _run(config: FewshotConfig) -> dict[str, Any]:
     directory, made = open_run(config)
     with taken_back_on_error(made):
         first = experiment.shots(config.seed[0])
+        check_search(experiment, first)
         zero_scores = experiment.score()
         zero = experiment.figures(zero_scores)
         directory.write_config(config, volatile=MAY_CHANGE)
     _announce(experiment, zero, directory)
     before = time.monotonic() - began
+    experiment = with_searched_rate(experiment, directory, first)
     seeds = [
         run_seed(experiment, seed, directory.child(f"seed_{seed}"), first if not index else None)
         for index, seed in enumerate(config.seed)
@@ -105,7 +108,7 @@ def run_seed(
             scores = experiment.score()
         figures = experiment.figures(scores)
         if directory.main:
-            save_adapter(directory.path, clip, _describe(experiment))
+            save_adapter(directory.path, clip, describe(experiment))
             write_matrix(scores.confusion(), experiment.dataset.classes, directory.path)
     finally:
         vl.eject(clip)
@@ -124,7 +127,8 @@ def run_seed(
     )
 
 
-def _describe(experiment: Experiment) -> Description:
+def describe(experiment: Experiment) -> Description:
+    """Return what an adapter of this experiment needs besides its tensors."""
     config, backbone = experiment.config, experiment.backbone
     return Description(
         backbone=config.backbone,

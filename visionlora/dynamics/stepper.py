@@ -17,7 +17,7 @@ from torch import nn
 from visionlora.dynamics.backend import Backend, PlainBackend
 from visionlora.dynamics.base import Dynamics, StepContext, trainable
 from visionlora.dynamics.replay import Replay
-from visionlora.errors import ConfigError, NeverTrainedError, VisionLoraError
+from visionlora.errors import ConfigError, DivergedError, NeverTrainedError
 
 __all__ = ["StepReport", "Stepper"]
 
@@ -82,7 +82,7 @@ class Stepper:
 
         Raises:
             NeverTrainedError: a trainable parameter got no gradient in the first applied step.
-            VisionLoraError: the loss or gradient was non-finite `max_skipped` times in a row.
+            DivergedError: the loss or gradient was non-finite `max_skipped` times in a row.
         """
         if not micro_batches:
             raise ConfigError("a step needs at least one micro-batch, got none")
@@ -230,7 +230,7 @@ class Stepper:
         self.skipped += context.skipped
         self._skipped_in_a_row = self._skipped_in_a_row + 1 if context.skipped else 0
         if self._skipped_in_a_row >= self.max_skipped:
-            raise VisionLoraError(
+            raise DivergedError(
                 f"training diverged: loss {report.loss:g} and gradient norm {report.grad_norm:g} "
                 f"after {self._skipped_in_a_row} skipped steps in a row (step {self.steps}); "
                 "try a smaller learning rate, clip_norm or another precision"

@@ -222,6 +222,11 @@ def _explained(message: str, options: dict[str, Any]) -> ConfigError:
     kind, value = options[found[1]], found[2].splitlines()[0]
     name = found[1].replace("_", "-")
     allowed = [arm for arm in get_args(kind) if _origin(arm) is Literal] or [kind]
+    others = [arm for arm in _arms(kind) if _origin(arm) not in (Literal, type(None))]
+    if _origin(allowed[0]) is Literal and others:
+        words = [str(choice) for choice in get_args(allowed[0])]
+        wanted = " or ".join([*(getattr(arm, "__name__", str(arm)) for arm in others), *words])
+        return ConfigError(f"--{name} must be {wanted}, got {value!r}")
     if _origin(allowed[0]) is Literal:
         choices = [str(choice) for choice in get_args(allowed[0])]
         hint = nearest(value, choices, count=1)

@@ -79,11 +79,11 @@ def test_batches_are_functions_of_their_number():
 
 
 def test_one_epoch_sees_every_image_once():
-    shots = Shots(list(torch.zeros(12, 3, 16, 16)), torch.arange(12), [])
+    shots = Shots(list(torch.zeros(12, 3, 16, 16)), torch.arange(12), [], [])
     batches = Batches(shots, 16, 4, "none", seed=1)
     assert sorted(torch.cat([batches(step)[1] for step in range(3)]).tolist()) == list(range(12))
 
 
 def test_fewer_images_than_a_batch_make_a_smaller_batch():
-    shots = Shots(list(torch.zeros(3, 3, 16, 16)), torch.arange(3), [])
+    shots = Shots(list(torch.zeros(3, 3, 16, 16)), torch.arange(3), [], [])
     assert len(Batches(shots, 16, 32, "none", seed=1)(0)[1]) == 3

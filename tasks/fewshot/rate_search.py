@@ -1,0 +1,341 @@
+"""`--lr auto`: the learning rate of a run, searched on validation images.
+
+Rates lie on a logarithmic grid of two decades. Its middle is the backbone's rate times what the
+method needed on the tiny model; it is tried first, then its neighbours outwards, so it is always
+among those that are trained to the end. Each trial trains the recipe on the same shots, from the
+same initial values, in the same order, on a cosine of the trial's length. It is scored after 1/9,
+1/3 and all of its steps, and goes on only if it is in the best third of what was scored there so
+far (optuna's successive halving). The best rate of those that reached the end is taken:
+
+    score = (right answers + 1 / (1 + loss)) / images
+
+so the loss decides between equal counts only, which are common among a few validation images.
+
+Validation images are the data set's own (up to four a class, as CoOp draws them), of the classes
+that are trained. Without any, up to four of a class's shots, at most half of them, are held out;
+the training that follows uses all shots again. Test images are never looked at.
+
+One search, with the first seed, serves all seeds of a run: the rate is a setting of the method, and
+seeds that share it differ in nothing but their draws. It is written to lr_search.json, and a
+resumed run reads it there.
+"""
+
+import json
+import math
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+import visionlora as vl
+from tasks.fewshot.adapt import adapt
+from tasks.fewshot.config import AUTO, PRESETS, FewshotConfig, rate_of
+from tasks.fewshot.evaluate import Scores, TestImages, merged_for, score
+from tasks.fewshot.experiment import Experiment
+from tasks.fewshot.sampling import VALIDATION_SHOTS, Item, by_class, few_shot
+from tasks.fewshot.shots import Shots
+from visionlora.dynamics import Dynamics, StepContext
+from visionlora.errors import ConfigError, DataError, DivergedError, OutputError
+from visionlora.io.atomic import write_text_atomically
+from visionlora.training import RunDirectory
+
+FILE = "lr_search.json"
+REACH = 10.0
+"""The grid goes from its middle divided by this to its middle times this."""
+REDUCTION = 3
+"""One of so many trials goes on at each rung."""
+NINTHS = (1, REDUCTION, REDUCTION**2)
+"""After how many ninths of its steps a trial is scored."""
+
+OWN = "validation images of the data set"
+HELD_OUT = "images held out of the shots"
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One rate: how far it was trained, and its validation figures there."""
+
+    lr: float
+    steps: int
+    accuracy: float
+    """Percent of the validation images."""
+    loss: float | None
+    """None: not finite."""
+    outcome: str
+    """finished, stopped or diverged."""
+
+
+@dataclass(frozen=True)
+class RateSearch:
+    """What a search found and what it cost."""
+
+    lr: float
+    trials: list[Trial]
+    seed: int
+    validation: str
+    """Where the validation images come from."""
+    images: int
+    steps: int
+    """Optimiser steps of all trials together."""
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "RateSearch":
+        """Rebuild from `to_dict`."""
+        return cls(**{**values, "trials": [Trial(**trial) for trial in values["trials"]]})
+
+
+def require_optuna() -> Any:
+    """Return the optuna package.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
+    try:
+        import optuna
+    except ImportError as error:
+        raise ConfigError("--lr auto needs optuna: pip install 'visionlora[search]'") from error
+    return optuna
+
+
+def check_search(experiment: Experiment, shots: Shots) -> None:
+    """Refuse `--lr auto` where it cannot work, before anything is written.
+
+    Raises:
+        VisionLoraError: optuna is missing, or no image can be spared for validation.
+    """
+    if experiment.config.lr == AUTO:
+        require_optuna()
+        validation_split(experiment, shots)
+
+
+def with_searched_rate(
+    experiment: Experiment, directory: RunDirectory, shots: Shots | None = None
+) -> Experiment:
+    """Return the run with a number in the place of `--lr auto`; any other run as it is.
+
+    A resumed run takes what is in its folder.
+
+    Args:
+        experiment: The run.
+        directory: Its folder.
+        shots: The training images of its first seed, if they are there already.
+    """
+    if experiment.config.lr != AUTO:
+        return experiment
+    file = directory.path / FILE
+    if directory.resume and file.is_file():
+        try:
+            found = RateSearch.from_dict(json.loads(file.read_text(encoding="utf-8")))
+        except (ValueError, TypeError, KeyError) as error:
+            raise OutputError(f"{file} is damaged; remove it to search again") from error
+    else:
+        found = search(experiment, shots or experiment.shots(experiment.config.seed[0]))
+        if directory.main:
+            write_text_atomically(file, json.dumps(found.to_dict(), indent=2) + "\n")
+    return replace(_with_rate(experiment, found.lr), lr_search=found.to_dict())
+
+
+def search(experiment: Experiment, shots: Shots) -> RateSearch:
+    """Try rates on validation images, and return the best with all that was tried.
+
+    Args:
+        experiment: the run, with its trials and their steps filled in.
+        shots: the training images of its first seed.
+
+    Raises:
+        DataError: no image can be spared for validation.
+        DivergedError: no rate trained to the end.
+    """
+    optuna = require_optuna()
+    config, began = experiment.config, time.monotonic()
+    assert config.lr_trials is not None
+    train, held, source = validation_split(experiment, shots)
+    images = TestImages(held, experiment.backbone.transform)
+    rates = grid(middle(config), config.lr_trials)
+    space = optuna.distributions.FloatDistribution(min(rates), max(rates), log=True)
+    with _quiet(optuna):
+        study = optuna.create_study(
+            direction="maximize",
+            pruner=optuna.pruners.SuccessiveHalvingPruner(1, REDUCTION, 0),
+            sampler=optuna.samplers.RandomSampler(seed=config.seed[0]),
+        )
+        trials = []
+        for rate in rates:
+            study.enqueue_trial({"lr": rate})
+            asked = study.ask({"lr": space})
+            trial, value = _tried(experiment, rate, train, images, asked)
+            finished = trial.outcome == "finished"
+            state = optuna.trial.TrialState.COMPLETE if finished else optuna.trial.TrialState.PRUNED
+            study.tell(asked, value if finished else None, state)
+            trials.append(trial)
+    if all(trial.outcome != "finished" for trial in trials):
+        raise DivergedError(
+            f"--lr auto: no learning rate from {min(rates):.2g} to {max(rates):.2g} trains "
+            f"{config.method}; give --lr a number"
+        )
+    return RateSearch(
+        lr=study.best_params["lr"],
+        trials=trials,
+        seed=config.seed[0],
+        validation=source,
+        images=len(held) - len(images.skipped),
+        steps=sum(trial.steps for trial in trials),
+        seconds=round(time.monotonic() - began, 3),
+    )
+
+
+def middle(config: FewshotConfig) -> float:
+    """Return the rate in the middle of the grid."""
+    return PRESETS.get(config.backbone, PRESETS["default"]).lr * rate_of(config.method)
+
+
+def grid(centre: float, count: int) -> list[float]:
+    """Return `count` rates from `centre` outwards, rounded to three digits, in the order of trial.
+
+    They are evenly spaced in the logarithm; an even count leaves out the lowest of the odd grid.
+    """
+    half = count // 2
+    places = sorted(range(-half, half + 1), key=lambda place: (abs(place), -place))[:count]
+    return [float(f"{centre * REACH ** (place / max(half, 1)):.3g}") for place in places]
+
+
+def validation_split(experiment: Experiment, shots: Shots) -> tuple[Shots, list[Item], str]:
+    """Return the images to train a trial on, those to score it with, and where these come from."""
+    config, dataset = experiment.config, experiment.dataset
+    _, drawn = few_shot(
+        dataset.train, dataset.val, config.shots, config.seed[0], config.short_class
+    )
+    if own := [item for item in drawn if item.label in experiment.trained_classes]:
+        return shots, own, OWN
+    held: dict[int, Item] = {}
+    for group in by_class(shots.items).values():
+        different = list({id(item): item for item in group}.values())  # some may be repeated
+        spared = min(VALIDATION_SHOTS, len(different) // 2)
+        held |= {id(item): item for item in different[len(different) - spared :]}
+    if not held:
+        raise DataError(
+            f"--lr auto: {dataset.name} has no validation images, and one shot a class leaves none "
+            "to hold out; give --lr a number, or more --shots"
+        )
+    kept = [index for index, item in enumerate(shots.items) if id(item) not in held]
+    train = Shots(
+        [shots.images[index] for index in kept],
+        shots.labels[kept],
+        [shots.items[index] for index in kept],
+        shots.skipped,
+    )
+    return train, list(held.values()), HELD_OUT
+
+
+def _with_rate(experiment: Experiment, rate: float) -> Experiment:
+    """Return the run with a number in the place of `auto`."""
+    return replace(
+        experiment, config=replace(experiment.config, lr=rate, lr_trials=None, lr_steps=None)
+    )
+
+
+def _tried(
+    experiment: Experiment, rate: float, shots: Shots, images: TestImages, asked: Any
+) -> tuple[Trial, float]:
+    """Train one rate until it ends or is stopped; return what came out, and its score."""
+    config, clip = experiment.config, experiment.backbone.clip
+    assert config.lr_steps is not None
+    steps = config.lr_steps
+    trial = _with_rate(experiment, rate)
+    trial = replace(trial, config=replace(trial.config, steps=steps, checkpoint_every=0))
+    rungs = _Rungs(trial, images, asked)
+    outcome = "finished"
+    trial.inject(config.seed[0])
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            directory = RunDirectory(Path(folder) / f"lr_{rate:.3g}")
+            adapt(trial, config.seed[0], shots, directory, dynamics=[rungs])
+    except _Stopped:
+        outcome = "stopped"
+    except DivergedError:
+        outcome = "diverged"
+    finally:
+        vl.eject(clip)
+    if not math.isfinite(rungs.loss):
+        outcome = "diverged"
+    loss = round(rungs.loss, 4) if math.isfinite(rungs.loss) else None
+    return Trial(rate, rungs.steps, round(rungs.accuracy, 2), loss, outcome), rungs.value
+
+
+class _Stopped(Exception):
+    """A trial that is not worth more steps."""
+
+
+class _Rungs(Dynamics):
+    """Scores the model at the rungs of a trial, and stops the trial that optuna prunes."""
+
+    name = "rungs"
+
+    def __init__(self, experiment: Experiment, images: TestImages, asked: Any) -> None:
+        assert experiment.config.steps is not None
+        self.experiment = experiment
+        self.images = images
+        self.asked = asked
+        self.last = experiment.config.steps
+        # Two rungs of a very short trial may fall together; the later one then counts.
+        self.rungs = {math.ceil(self.last * ninth / NINTHS[-1]): ninth for ninth in NINTHS}
+        self.steps, self.accuracy, self.loss, self.value = 0, 0.0, math.nan, 0.0
+
+    def on_step_end(self, context: StepContext) -> None:
+        self.steps = context.step + 1
+        rung = self.rungs.get(self.steps)
+        if rung is None:
+            return
+        self._score(context.mean)
+        self.asked.report(self.value, rung)
+        if self.steps < self.last and (not math.isfinite(self.loss) or self.asked.should_prune()):
+            raise _Stopped
+
+    def _score(self, mean: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Score the merged model; the processes agree on their mean."""
+        experiment = self.experiment
+        config, clip = experiment.config, experiment.backbone.clip
+        training = {module: module.training for module in clip.modules()}
+        with merged_for(clip, config.recipe.method):
+            scores = score(
+                experiment.classifier(experiment.trained_classes),
+                self.images,
+                experiment.device,
+                config.precision,
+            )
+        for module, mode in training.items():
+            module.training = mode
+        figures = torch.tensor(_figures(scores), device=experiment.device)
+        right, self.loss = (float(figure) for figure in mean(figures))
+        self.accuracy = 100 * right / len(scores.labels)
+        self.value = (right + 1 / (1 + self.loss)) / len(scores.labels) if self.loss >= 0 else 0.0
+
+
+def _figures(scores: Scores) -> tuple[float, float]:
+    """Return the right answers and the mean loss; logits that are not finite give 0 and NaN."""
+    logits, labels = torch.from_numpy(scores.logits), torch.from_numpy(scores.labels)
+    if not logits.isfinite().all():
+        return 0.0, math.nan
+    return float((logits.argmax(1) == labels).sum()), float(F.cross_entropy(logits, labels))
+
+
+@contextmanager
+def _quiet(optuna: Any) -> Iterator[None]:
+    """Keep optuna's line per trial off the screen."""
+    before = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    try:
+        yield
+    finally:
+        optuna.logging.set_verbosity(before)
