@@ -22,6 +22,7 @@ from torch import nn
 
 import visionlora as vl
 from tests.tolerances import assert_close
+from visionlora.errors import DataError
 from visionlora.registry import list_presets
 from visionlora.training import RunDirectory, TrainSettings, cosine, fit, process, shard
 from visionlora.training.checkpoint import CheckpointStore
@@ -274,6 +275,11 @@ def pair(folder: Path) -> None:
         run = train(case, folder / case, options=WHOLE)
         final = {"model": dict(run.model.state_dict()), "report": told(run)}
         write_tree(folder / case / f"final-{process()[0]}.safetensors", final)
+    try:  # the data of one process end, and both must learn it
+        train("lora", folder / "ended", options=WHOLE, ends=[None, 5][process()[0]])
+    except DataError as error:
+        (folder / f"ended-{process()[0]}").write_text(str(error))
+    train("lora", folder / "ended", options=WHOLE, resume=True)
     torch.distributed.destroy_process_group()
 
 

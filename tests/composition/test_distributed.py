@@ -52,3 +52,10 @@ def test_two_processes_equal_one(case, trained, plain):
     assert_same(one["report"], told(alone), factor=1.0)
     assert_same(one["model"], dict(alone.model.state_dict()), factor=1.0)
     assert_same(runs.left(trained / case), alone.left(), factor=1.0)
+
+
+def test_data_that_end_in_one_process_stop_both_and_lose_nothing(trained, plain):
+    one, other = ((trained / f"ended-{rank}").read_text() for rank in range(2))
+    assert one == other
+    assert "ended after 5 of 8 steps" in one
+    assert_same(runs.left(trained / "ended"), plain("lora").left(), factor=1.0)
