@@ -385,3 +385,27 @@ def test_a_full_disk_keeps_the_old_file(path):
     assert path.read_bytes() == old
     assert [item.name for item in path.parent.iterdir()] == [path.name]
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] != 512
+
+
+def test_an_adapter_dictionary_holds_what_cannot_be_drawn_again():
+    model = disturbed_pissa(seed=1)
+    other = disturbed_pissa(seed=2)
+    x = torch.randn(3, 6, dtype=torch.float64)
+    assert not torch.equal(other(x), model(x))
+    vl.load_adapter_state_dict(other, vl.adapter_state_dict(model))
+    assert torch.equal(other(x), model(x))
+
+
+def disturbed_pissa(seed):
+    """The same base weight, and a trained pair and constant pair of its own."""
+    generator = torch.Generator().manual_seed(seed)
+    model = nn.Sequential(nn.Linear(6, 6)).double()
+    with torch.no_grad():
+        model[0].weight.copy_(torch.arange(36.0).reshape(6, 6).sin())
+        model[0].bias.zero_()
+    vl.inject(model, "pissa", targets="0", rank=2)
+    delta = model[0].adapters["default"]["weight"]
+    with torch.no_grad():
+        for item in (delta.A, delta.B, delta.A0, delta.B0):
+            item.add_(torch.randn(item.shape, generator=generator, dtype=item.dtype))
+    return model

@@ -48,8 +48,7 @@ def save(
     placed = contents.place(model, entries)
     shared = contents.shared_of(model, name)
     seeded = contents.seeded_tensors(placed, shared)
-    kept = seeded if frozen else contents.carried_tensors(placed, shared)
-    tensors = adapter_state_dict(model, name) | kept
+    tensors = adapter_state_dict(model, name) | (seeded if frozen else {})
     contents.refuse_non_finite(tensors, "cannot save")
     sites = [
         dataclasses.replace(site, module=path.rpartition(".")[0])
@@ -121,11 +120,12 @@ def load(
 
 
 def adapter_state_dict(model: nn.Module, name: str | None = None) -> dict[str, Tensor]:
-    """Return trainables, trained heads and changed buffers of one adapter, by file key."""
+    """Return what one adapter was trained to, by file key.
+
+    That is trainables, trained heads, changed buffers, and constants that cannot be drawn again.
+    """
     name = _choose(model, name)
-    placed = contents.place(model, contents.entries_of(model, name))
-    trained = contents.trained_tensors(placed, contents.shared_of(model, name))
-    return trained | contents.base_tensors(model)
+    return _own_tensors(model, name) | contents.base_tensors(model)
 
 
 def load_adapter_state_dict(
@@ -138,12 +138,17 @@ def load_adapter_state_dict(
     """
     name = _choose(model, name)
     refuse_merged(model, "load")
-    placed = contents.place(model, contents.entries_of(model, name))
-    targets = contents.trained_tensors(placed, contents.shared_of(model, name))
-    targets |= _base_targets(model, tensors)
+    targets = _own_tensors(model, name) | _base_targets(model, tensors)
     checks.check_fit(tensors, targets)
     contents.refuse_non_finite(tensors, "cannot load")
     _copy(tensors, targets)
+
+
+def _own_tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
+    """Return trainables and carried constants of an adapter, by file key."""
+    placed = contents.place(model, contents.entries_of(model, name))
+    shared = contents.shared_of(model, name)
+    return contents.trained_tensors(placed, shared) | contents.carried_tensors(placed, shared)
 
 
 def _choose(model: nn.Module, name: str | None) -> str:
