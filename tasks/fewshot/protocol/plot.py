@@ -69,7 +69,7 @@ def save_plot(
     for row in range(count):
         cells[row * columns].set_ylabel("accuracy, %")
     handles, labels = cells[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8)
+    figure.legend(handles, labels, loc="outside lower center", ncols=2 * columns, fontsize=8)
     figure.suptitle(title, fontsize=11)
     return save_figure(figure, path)
 
