@@ -1,7 +1,8 @@
-"""CLIP models by name: open_clip's, with weights by tag or file, and the embedded tiny one.
+"""Backbones by name: open_clip's models with weights by tag or file, the embedded tiny one, timm's.
 
 `ViT-B/16`, `ViT-B/32`, `ViT-L/14` mean what they mean in the literature: OpenAI's weights, which
-need the quick-GELU configuration. Any other name is open_clip's own and needs `--pretrained`.
+need the quick-GELU configuration. Any other name is open_clip's own and needs `--pretrained`;
+`timm:NAME` is a vision model without text (`tasks/fewshot/vision_only.py`).
 """
 
 import logging
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from tasks.fewshot.images import Transform
+from tasks.fewshot.vision_only import PREFIX, VisionModel, load_vision
 from tasks.fewshot.weights import require_weights, tagged_weights
 from visionlora.errors import ConfigError, DataError, nearest
 
@@ -45,7 +47,10 @@ RANDOM_SEED = 0
 
 @dataclass(frozen=True)
 class Backbone:
-    """A frozen CLIP model with its tokenizer and image transform."""
+    """A frozen CLIP model with its tokenizer and image transform.
+
+    A vision model without text takes the place of `clip`; its tokenizer refuses.
+    """
 
     name: str
     pretrained: str
@@ -54,13 +59,21 @@ class Backbone:
     transform: Transform
     random_weights: bool = False
 
+    @property
+    def has_text(self) -> bool:
+        """Whether classes can be given by their names alone."""
+        return not isinstance(self.clip, VisionModel)
 
-def load_backbone(name: str, pretrained: str | None = None) -> Backbone:
+
+def load_backbone(
+    name: str, pretrained: str | None = None, image_size: int | None = None
+) -> Backbone:
     """Return the model called `name` in evaluation mode, on the CPU, in fp32.
 
     Args:
-        name: `tiny`, an alias such as `ViT-B/16`, or a name that open_clip lists.
-        pretrained: A tag of open_clip, a weights file, or `none` for random weights.
+        name: `tiny`, an alias such as `ViT-B/16`, a name that open_clip lists, or `timm:NAME`.
+        pretrained: A tag of open_clip or timm, a weights file, or `none` for random weights.
+        image_size: Side of the input of a timm model; default that of its weights.
 
     Raises:
         ConfigError: unknown name or tag, weights that are neither here nor reachable, or
@@ -68,6 +81,11 @@ def load_backbone(name: str, pretrained: str | None = None) -> Backbone:
     """
     if name == TINY:
         return _tiny(pretrained)
+    if name.startswith(PREFIX):
+        found = load_vision(name, pretrained, image_size)
+        return Backbone(
+            name, found.pretrained, found.model, _no_text, found.transform, found.random_weights
+        )
     if name in ALIASES and pretrained in (None, OPENAI):
         # Before open_clip is imported, which takes seconds: missing weights are soon said.
         require_weights(name, OPENAI, ALIASES[name].hub, ALIASES[name].file)
@@ -76,7 +94,7 @@ def load_backbone(name: str, pretrained: str | None = None) -> Backbone:
     if name not in known:
         raise ConfigError(
             f"unknown backbone {name!r}{nearest(name, [TINY, *known])}; "
-            f"{TINY}, {', '.join(ALIASES)} or a name of open_clip.list_models()"
+            f"{TINY}, {', '.join(ALIASES)}, a name of open_clip.list_models(), or {PREFIX}NAME"
         )
     if pretrained is None:
         if name not in ALIASES:
@@ -115,6 +133,10 @@ def _tiny(pretrained: str | None) -> Backbone:
     clip.eval().requires_grad_(False)
     half = (0.5, 0.5, 0.5)
     return Backbone(TINY, "embedded", clip, tokenizer, Transform(16, half, half, oversample=2))
+
+
+def _no_text(prompts: list[str]) -> Tensor:
+    raise ConfigError("a timm backbone has no text tower; class names mean nothing to it")
 
 
 def _resolve(open_clip: Any, name: str, pretrained: str) -> tuple[str, Path | None, dict[str, Any]]:

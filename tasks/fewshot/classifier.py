@@ -7,8 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tasks.fewshot import towers
 from tasks.fewshot.images import Transform
 from tasks.fewshot.text import text_features, text_tower
+from tasks.fewshot.vision_only import VisionModel
 from visionlora.errors import ConfigError
 from visionlora.targets import WEIGHTS
 
@@ -16,9 +18,6 @@ LOGIT_SCALE = 100.0
 """Fixed, as in CLIP-LoRA: the learnt scale of the backbone stays out of the adaptation."""
 
 Encoder = Literal["vision", "text", "both"]
-
-VIT_SLICES = ("q", "k", "v", "out")
-"""What `--params` can name inside an attention, besides `mlp`."""
 
 
 class Classifier(nn.Module):
@@ -59,7 +58,11 @@ class Classifier(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Return logits `[B, classes]` of pictures, or of image features `[B, dim]`."""
         features = images if images.ndim == 2 else self.image_features(images)
-        return LOGIT_SCALE * features @ self.class_features().t()
+        return self.compare(features, self.class_features())
+
+    def compare(self, features: Tensor, classes: Tensor) -> Tensor:
+        """Return logits of image features against what `class_features` returned."""
+        return LOGIT_SCALE * features @ classes.t()
 
 
 def adapter_targets(
@@ -68,53 +71,52 @@ def adapter_targets(
     params: Sequence[str],
     kinds: frozenset[str] = WEIGHTS,
 ) -> tuple[list[str], list[str]]:
-    """Return the target and exclude patterns of an open_clip model.
+    """Return the target and exclude patterns of a CLIP model, or of a vision model without text.
 
     A method that serves norms only gets all norms of the towers, whatever `params` says of weights.
 
     Raises:
-        ConfigError: `params` is empty or unknown, or a tower is no open_clip or timm ViT.
+        ConfigError: `params` is empty or unknown, or a tower has no layer for it.
     """
-    params = ["out" if name == "o" else name for name in params]
-    if unknown := [name for name in params if name not in (*VIT_SLICES, "mlp")]:
-        raise ConfigError(f"unknown --params {unknown[0]!r}; any of q k v out mlp")
-    if not params:
-        raise ConfigError("--params needs at least one of q k v out mlp")
+    params = towers.checked(params)
+    vision = "trunk." if isinstance(clip, VisionModel) else "visual."
     if kinds == {"norm"}:
-        return ["visual.*" if encoder == "vision" else "*"], (
-            ["visual.*"] if encoder == "text" else []
+        return [f"{vision}*" if encoder == "vision" else "*"], (
+            [f"{vision}*"] if encoder == "text" else []
         )
     patterns: list[str] = []
     if encoder in ("vision", "both"):
-        patterns += _vision_patterns(clip, params)
+        patterns += _vision_targets(clip, params)
     if encoder in ("text", "both"):
-        if not hasattr(getattr(text_tower(clip), "transformer", None), "resblocks"):
+        tower, prefix = text_tower(clip), "text." if hasattr(clip, "text") else ""
+        if not towers.has_resblocks(tower):
             raise ConfigError("this text tower is not open_clip's; use --encoder vision")
-        prefix = "text.transformer" if hasattr(clip, "text") else "transformer"
-        patterns += _resblocks(prefix, params)
-    return patterns, ["visual.*"] if encoder == "text" else []
+        patterns += towers.resblock_targets(tower, prefix, params)
+    return patterns, [f"{vision}*"] if encoder == "text" else []
 
 
-def _vision_patterns(clip: nn.Module, params: Sequence[str]) -> list[str]:
-    visual = clip.visual
-    if hasattr(getattr(visual, "transformer", None), "resblocks"):
-        return _resblocks("visual.transformer", params)
-    trunk = getattr(visual, "trunk", None)
-    if trunk is None or not hasattr(getattr(trunk, "blocks", [None])[0], "attn"):
-        raise ConfigError("this vision tower is no ViT; use --encoder text")
-    attention = [name for name in params if name in ("q", "k", "v")]
-    patterns = [f"visual.trunk.blocks.*.attn.qkv[{','.join(attention)}]"] if attention else []
-    patterns += ["visual.trunk.blocks.*.attn.proj"] if "out" in params else []
-    mlp = ["visual.trunk.blocks.*.mlp.fc1", "visual.trunk.blocks.*.mlp.fc2"]
-    return patterns + (mlp if "mlp" in params else [])
+def default_params(clip: nn.Module, encoder: Encoder) -> list[str]:
+    """Return what `--params` is unless the user says: q k v, and conv where there is none."""
+    if encoder == "text" or towers.has_resblocks(vision_tower(clip)[0]):
+        return list(towers.QKV)
+    have = towers.available(vision_tower(clip)[0])
+    return list(towers.QKV) if "q" in have else ["conv"]
 
 
-def _resblocks(prefix: str, params: Sequence[str]) -> list[str]:
-    slices = [name for name in VIT_SLICES if name in params]
-    patterns = [f"{prefix}.resblocks.*.attn[{','.join(slices)}]"] if slices else []
-    if "mlp" in params:
-        patterns += [f"{prefix}.resblocks.*.mlp.c_fc", f"{prefix}.resblocks.*.mlp.c_proj"]
-    return patterns
+def vision_tower(clip: Any) -> tuple[nn.Module, str]:
+    """Return the module with the layers of the vision tower, and the prefix of their names."""
+    if isinstance(clip, VisionModel):
+        return clip.trunk, "trunk."
+    trunk = getattr(clip.visual, "trunk", None)
+    return (clip.visual, "visual.") if trunk is None else (trunk, "visual.trunk.")
+
+
+def _vision_targets(clip: nn.Module, params: Sequence[str]) -> list[str]:
+    tower, prefix = vision_tower(clip)
+    if towers.has_resblocks(tower):
+        return towers.resblock_targets(tower, prefix, params)
+    else_use = "" if isinstance(clip, VisionModel) else "; or use --encoder text"
+    return towers.timm_targets(tower, prefix, params, else_use)
 
 
 def _channels(values: tuple[float, float, float]) -> Tensor:

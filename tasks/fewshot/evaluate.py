@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 import visionlora as vl
-from tasks.fewshot.classifier import LOGIT_SCALE, Classifier
+from tasks.fewshot.classifier import Classifier
 from tasks.fewshot.images import Transform, decode_all, evaluation_pixels
 from tasks.fewshot.sampling import Item
+from visionlora.analysis.calibration import expected_calibration_error
 from visionlora.compose import parse
 from visionlora.errors import ConfigError, DataError
 from visionlora.registry import get_method
@@ -91,6 +92,11 @@ class Scores:
             raise DataError("no readable test image in the classes to be scored")
         return float(100 * (logits.argmax(1) == labels).mean())
 
+    def calibration_error(self) -> float:
+        """Return the expected calibration error over 15 bins, in percent."""
+        probabilities = torch.from_numpy(self.logits).double().softmax(-1)
+        return 100 * expected_calibration_error(probabilities, torch.from_numpy(self.labels))
+
     def confusion(self) -> NDArray[np.int64]:
         """Return counts, true class by predicted class."""
         count = self.logits.shape[1]
@@ -122,7 +128,7 @@ def score(
         classes = model.class_features()
         for pixels, truth in images.batches(BATCH.get(device.type, 64)):
             features = model.image_features(pixels.to(device))
-            logits.append((LOGIT_SCALE * features @ classes.t()).float().cpu())
+            logits.append(model.compare(features, classes).float().cpu())
             labels.append(truth)
     if not labels:
         raise DataError(f"none of the {len(images.items)} test images can be read")
