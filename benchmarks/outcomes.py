@@ -32,24 +32,29 @@ def planted(path: Path = RESULTS / "planted.jsonl") -> str:
         "beside LoRA |",
         "|" + "---|" * (6 + len(targets)),
     ]
-    verdicts: dict[str, str] = {}
+    verdicts: dict[str, dict[str, str]] = {target: {} for target in targets}
     for line in sorted(lines, key=lambda item: _order(item, targets)):
-        name, steps = line["method"], line["steps"]
-        verdict = _sooner(line, lora, targets)
-        verdicts[name] = verdict
-        cells = [_steps(line["steps_to"][target], steps) for target in targets]
-        ratios = [_ratio(line["steps_to"][t], lora["steps_to"][t]) for t in targets]
+        name, needed = line["method"], line["steps_to"]
+        cells = [_steps(needed[target], line["steps"]) for target in targets]
+        ratios = [_ratio(needed[target], lora["steps_to"][target]) for target in targets]
+        words = [_sooner(needed[target], lora["steps_to"][target]) for target in targets]
+        if name != PLAIN:
+            for target, word in zip(targets, words, strict=True):
+                verdicts[target][name] = word
         rows.append(
             f"| `{name}` | {line['parameters']:,} | {line['lr']:g} | {' | '.join(cells)} | "
-            f"{', '.join(ratios)} | {_spread(line['final'])} | {'' if name == PLAIN else verdict} |"
+            f"{', '.join(ratios)} | {_spread(line['final'])} | "
+            f"{'' if name == PLAIN else ', '.join(dict.fromkeys(words))} |"
         )
-    del verdicts[PLAIN]
-    never = [name for name, verdict in verdicts.items() if verdict == "never"]
     said = [
-        _says("Sooner than tuned LoRA, to both losses and in every seed", verdicts, "sooner"),
-        _says("No clear difference", verdicts, NEITHER),
-        _says("Later in every seed", verdicts, "later"),
-        _says(f"Never at {100 * float(targets[0]):g} % within {lora['steps']} steps", never),
+        sentence
+        for target, head in zip(targets, heads, strict=True)
+        for sentence in (
+            _says(f"Sooner {head} than tuned LoRA, in every seed", verdicts[target], "sooner"),
+            _says("No clear difference", verdicts[target], NEITHER),
+            _says("Later in every seed", verdicts[target], "later"),
+            _says(f"Never within {lora['steps']} steps", verdicts[target], "never"),
+        )
     ]
     return "\n".join(rows) + "\n\n" + "\n".join(said)
 
@@ -159,16 +164,14 @@ def _order(line: Line, targets: Sequence[str]) -> tuple[float, float]:
     return statistics.mean(needed), statistics.mean(line["final"])
 
 
-def _sooner(line: Line, lora: Line, targets: Sequence[str]) -> str:
-    """Return the verdict over all seeds and losses."""
-    if not any(line["steps_to"][targets[0]]):
+def _sooner(needed: Sequence[int | None], lora: Sequence[int | None]) -> str:
+    """Return the verdict over all seeds."""
+    if not any(needed):
         return "never"
-    saved = [
-        (theirs or math.inf) - (own or math.inf)
-        for target in targets
-        for own, theirs in zip(line["steps_to"][target], lora["steps_to"][target], strict=True)
-    ]
-    return _verdict(saved, ("sooner", "later"))
+    pairs = zip(needed, lora, strict=True)
+    return _verdict(
+        [(theirs or math.inf) - (own or math.inf) for own, theirs in pairs], ("sooner", "later")
+    )
 
 
 def _verdict(gains: Sequence[float], words: tuple[str, str]) -> str:
@@ -177,12 +180,10 @@ def _verdict(gains: Sequence[float], words: tuple[str, str]) -> str:
     return words[1] if all(gain < 0 for gain in gains) else NEITHER
 
 
-def _says(what: str, verdicts: Mapping[str, str] | Sequence[str], wanted: str = "") -> str:
+def _says(what: str, verdicts: Mapping[str, str], wanted: str) -> str:
     """Return a line of a list with the names that a verdict is about."""
-    if isinstance(verdicts, Mapping):
-        verdicts = [name for name, verdict in verdicts.items() if verdict == wanted]
-    names = ", ".join(f"`{name}`" for name in verdicts) or "none"
-    return f"- {what} ({len(verdicts)}): {names}."
+    found = [f"`{name}`" for name, verdict in verdicts.items() if verdict == wanted]
+    return f"- {what} ({len(found)}): {', '.join(found) or 'none'}."
 
 
 def _steps(needed: Sequence[int | None], steps: int) -> str:

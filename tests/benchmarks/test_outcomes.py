@@ -21,7 +21,7 @@ def planted_line(name: str, near: list, far: list) -> dict:
     return {"method": name, "steps_to": steps_to, **common}
 
 
-def test_a_product_wins_on_the_teacher_only_in_every_seed_and_to_both_losses(tmp_path):
+def test_a_product_wins_on_the_teacher_only_in_every_seed(tmp_path):
     lines = [
         planted_line("lora", [50, 60, 70], [100, 110, 120]),
         planted_line("pissa", [49, 59, 69], [99, 109, 119]),
@@ -30,12 +30,17 @@ def test_a_product_wins_on_the_teacher_only_in_every_seed_and_to_both_losses(tmp
         planted_line("eva", [None] * 3, [None] * 3),
     ]
     text = outcomes.planted(written(tmp_path / "x.jsonl", lines))
-    assert "in every seed (1): `pissa`." in text
-    assert "No clear difference (1): `glad`." in text
-    assert "Later in every seed (1): `sam`." in text
-    assert "Never at 5 % within 200 steps (1): `eva`." in text
+    near, far = text.split("Sooner")[1:]
+    assert near.startswith(" to 5 % than tuned LoRA, in every seed (1): `pissa`.")
+    assert far.startswith(" to 1 % than tuned LoRA, in every seed (2): `pissa`, `glad`.")
+    assert "No clear difference (1): `glad`." in near
+    assert "No clear difference (0): none." in far
+    for part in (near, far):
+        assert "Later in every seed (1): `sam`." in part
+        assert "Never within 200 steps (1): `eva`." in part
     rows = {row.split("`")[1]: row for row in text.splitlines() if row.startswith("| `")}
-    assert "| 59 ± 10 | 109 ± 10 | 0.98, 0.99 |" in rows["pissa"]
+    assert "| 59 ± 10 | 109 ± 10 | 0.98, 0.99 | 0.2 ± 0.1 | sooner |" in rows["pissa"]
+    assert rows["glad"].endswith("| no clear difference, sooner |")
     assert "| 61 ± 10 | > 200 in 1 of 3 | 1.02, - |" in rows["sam"]
     assert "| > 200 | > 200 | -, - |" in rows["eva"]
     assert list(rows) == ["pissa", "glad", "lora", "sam", "eva"]
