@@ -26,9 +26,10 @@ from visionlora.errors import DataError
 from visionlora.registry import list_presets
 from visionlora.training import RunDirectory, TrainSettings, cosine, fit, process, shard
 from visionlora.training.checkpoint import CheckpointStore
+from visionlora.training.state import carried
 from visionlora.training.tree import write_tree
 
-WIDTH, BATCH, STEPS, LOOKS = 6, 8, 8, 2
+WIDTH, BATCH, STEPS, LOOKS = 6, 6, 8, 2
 
 # Every preset, the method that brings a dynamics of its own, and products of three factors.
 CASES = [preset.name for preset in list_presets()]
@@ -116,6 +117,15 @@ def small(item: Any, **options: Any) -> Any:
     return replace(item, **{k: v for k, v in {**SMALL, **options}.items() if k in names})
 
 
+@torch.no_grad()
+def unsettle(model: nn.Module) -> None:
+    """Change everything that a checkpoint has: another machine computes other starts."""
+    for _, item in vl.trainable_parameters(model):
+        item.add_(1.0)
+    for item in carried(model).values():
+        item.copy_(item + 1.0 if item.is_floating_point() else item.roll(1))
+
+
 @dataclass(frozen=True)
 class Run:
     """A run that ended."""
@@ -194,6 +204,8 @@ def train(
     if init is not None:
         seen = [part for look in range(LOOKS) for part in micro_batches(-look - 1, parts, dtype)]
         report = vl.initialise(model, init, seen, mean_loss)
+    if resume:
+        unsettle(model)
     optimizer = torch.optim.AdamW(vl.parameter_groups(model, lr=0.01, weight_decay=0.01), eps=1e-6)
 
     latest = 0
