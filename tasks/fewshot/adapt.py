@@ -10,6 +10,7 @@ import visionlora as vl
 from tasks.fewshot.classifier import Classifier
 from tasks.fewshot.config import ADAM_BETAS, ETA_MIN, WEIGHT_DECAY
 from tasks.fewshot.experiment import Experiment
+from tasks.fewshot.frozen import start_head
 from tasks.fewshot.shots import Batches, FeatureBatches, Shots
 from visionlora.dynamics import Dynamics
 from visionlora.training import FitResult, RunDirectory, TrainSettings, cosine, fit
@@ -27,6 +28,7 @@ def adapt(
     model = experiment.classifier(experiment.trained_classes)
     batches = Batches(shots, transform.size, config.batch_size, config.augmentation, seed)
     source: Callable[[int], tuple[Tensor, Tensor]] = batches
+    start_head(experiment, model, seed, shots)
     model.train()
     if config.encoder == "vision":
         model.cache_text()

@@ -8,7 +8,9 @@ from typing import Any
 
 import visionlora as vl
 from tasks.fewshot.backbones import Backbone, load_backbone
+from tasks.fewshot.heads import HeadName
 from tasks.fewshot.images import Transform
+from tasks.fewshot.vision_only import VisionModel
 from visionlora.errors import AdapterFileError
 from visionlora.io.atomic import write_text_atomically
 
@@ -29,6 +31,10 @@ class Description:
     method: str
     dataset: str
     random_weights: bool = False
+    head: HeadName | None = None
+    """Of a timm backbone."""
+    image_size: int | None = None
+    """Of a timm backbone, if not that of its weights."""
     format: int = FORMAT
 
 
@@ -91,7 +97,11 @@ def load_adapter(
     folder = find_adapter(folder)
     description, transform = read_description(folder)
     if backbone is None:
-        backbone = load_backbone(description.backbone, pretrained or description.pretrained)
+        backbone = load_backbone(
+            description.backbone, pretrained or description.pretrained, description.image_size
+        )
+    if isinstance(backbone.clip, VisionModel):
+        backbone.clip.set_head(description.head or "linear", len(description.classes))
     vl.load(backbone.clip, folder / TENSORS)
     backbone.clip.eval()
     return backbone, description, transform

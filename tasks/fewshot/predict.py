@@ -27,6 +27,8 @@ from tasks.fewshot.predictions import Prediction, PredictionFile
 from tasks.fewshot.report import print_note
 from tasks.fewshot.sampling import Item
 from tasks.fewshot.text import tokenize
+from tasks.fewshot.vision_classifier import VisionClassifier
+from tasks.fewshot.vision_only import VisionModel
 from visionlora.errors import ConfigError, DataError
 from visionlora.training import Progress
 
@@ -113,8 +115,12 @@ def classifying(
     backbone: Backbone, description: Description, transform: Transform, device: torch.device
 ) -> Iterator[Classifier]:
     """Return a context with the classifier of an adapter that is loaded in `backbone`, merged."""
-    tokens = tokenize(description.classes, description.templates, backbone.tokenizer)
-    model = Classifier(backbone.clip, tokens, transform, "both").to(device).eval()
+    if isinstance(backbone.clip, VisionModel):
+        model: Classifier = VisionClassifier(backbone.clip, transform)
+    else:
+        tokens = tokenize(description.classes, description.templates, backbone.tokenizer)
+        model = Classifier(backbone.clip, tokens, transform, "both")
+    model.to(device).eval()
     few = threads(1 if description.backbone == TINY else None)
     with few, merged_for(model.clip, description.method):
         model.cache_text()

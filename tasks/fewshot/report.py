@@ -9,6 +9,14 @@ from rich.table import Table
 from rich.text import Text
 
 PLAIN_WIDTH = 110
+COLUMNS = {
+    "accuracy": "accuracy",
+    "base": "base",
+    "new": "new",
+    "harmonic_mean": "harmonic mean",
+    "ece": "ECE",
+}
+"""Figures of the closing table, with their headings; ECE: expected calibration error."""
 
 
 def print_note(text: str) -> None:
@@ -17,7 +25,7 @@ def print_note(text: str) -> None:
 
 
 def print_result(result: dict[str, Any], path: Path) -> None:
-    """Print the closing table: zero-shot, every seed, mean and spread, then the cost."""
+    """Print the closing table: what it is compared with, seeds, mean and spread, then the cost."""
     console = Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH, highlight=False)
     if "lr_search" in result:
         console.print(search_table(result["lr_search"]))
@@ -38,19 +46,30 @@ def print_result(result: dict[str, Any], path: Path) -> None:
 
 
 def result_table(result: dict[str, Any]) -> Table:
-    """Return one row for zero-shot, one per seed, and one for the mean if there are several."""
-    columns = [key for key in ("accuracy", "base", "new", "harmonic_mean") if key in result]
+    """Return a row for zero-shot, the baselines, each seed, and the mean if there are several.
+
+    The gain is that over zero-shot, or without a text tower that over the linear probe.
+    """
+    columns = [key for key in COLUMNS if key in result]
     table = Table(
         title=f"{result['dataset']}: {result['backbone']}, {result['method']}, "
-        f"{result['shots']} shots, accuracy in %",
+        f"{result['shots']} shots, in %",
         title_justify="left",
         min_width=60,
     )
     table.add_column("")
     for key in columns:
-        table.add_column(key.replace("_", " "), justify="right")
-    zero = [result["zero_shot" if key == "accuracy" else f"zero_shot_{key}"] for key in columns]
-    table.add_row("zero-shot", *(f"{value:.1f}" for value in zero))
+        table.add_column(COLUMNS[key], justify="right")
+    zero = {
+        key: result[name]
+        for key in columns
+        if (name := "zero_shot" if key == "accuracy" else f"zero_shot_{key}") in result
+    }
+    baselines = result.get("baselines", {})
+    if zero:
+        table.add_row("zero-shot", *_cells(zero, columns))
+    for name, figures in baselines.items():
+        table.add_row(name.replace("-", " "), *_cells(figures, columns))
     for seed in result["per_seed"]:
         table.add_row(f"seed {seed['seed']}", *(f"{seed[key]:.1f}" for key in columns))
     if len(result["per_seed"]) > 1:
@@ -59,9 +78,14 @@ def result_table(result: dict[str, Any]) -> Table:
             *(f"{result[key]:.1f} ± {result[f'{key}_std']:.1f}" for key in columns),
             style="bold",
         )
-    gains = [result[key] - value for key, value in zip(columns, zero, strict=True)]
-    table.add_row("gain", *(f"{gain:+.1f}" for gain in gains))
+    if before := zero or next(iter(baselines.values()), {}):
+        gains = [f"{result[key] - before[key]:+.1f}" if key in before else "" for key in columns]
+        table.add_row("gain", *gains)
     return table
+
+
+def _cells(figures: dict[str, float], columns: list[str]) -> list[str]:
+    return [f"{figures[key]:.1f}" if key in figures else "" for key in columns]
 
 
 def search_table(search: dict[str, Any]) -> Table:

@@ -2,6 +2,7 @@
 
 import csv
 import io
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,9 @@ from tasks.fewshot.evaluate import harmonic_mean
 from tasks.fewshot.experiment import Experiment
 from tasks.fewshot.sampling import short_classes
 from visionlora.io.atomic import write_text_atomically
+
+FIGURES = ("accuracy", "ece", "base", "new", "harmonic_mean")
+"""Figures of a run, in the order in which they are shown."""
 
 
 def summarise(
@@ -36,16 +40,16 @@ def summarise(
         "split": dataset.split,
         "test_on": config.test_on,
     }
-    for key, value in zero.items():
-        name = "zero_shot" if key == "accuracy" else f"zero_shot_{key}"
-        values = [seed[key] for seed in seeds]
-        result[name] = round(value, 4)
-        result[key] = round(float(np.mean(values)), 4)
-        # One seed has no spread: 0, like the mean of one.
-        result[f"{key}_std"] = round(float(np.std(values, ddof=1)), 4) if len(values) > 1 else 0.0
+    # A resumed run may hold seeds of a version that measured less.
+    keys = [key for key in FIGURES if all(key in seed for seed in seeds)]
+    for key in keys:
+        if key in zero:
+            result["zero_shot" if key == "accuracy" else f"zero_shot_{key}"] = round(zero[key], 4)
+        result |= _mean_and_std(key, [seed[key] for seed in seeds])
     if "base" in result:
         # The harmonic mean belongs to the averages, not the average to the harmonic means.
         result["harmonic_mean"] = round(harmonic_mean(result["base"], result["new"]), 4)
+    result["baselines"] = _mean_baselines(seeds)
     if experiment.lr_search is not None:
         result["lr_search"] = experiment.lr_search
         # Also where an earlier part of the run has searched.
@@ -62,8 +66,26 @@ def summarise(
         "short_classes": len(short_classes(dataset.train, config.shots)),
         "random_weights": backbone.random_weights,
         "per_class": _mean_per_class(seeds),
-        "per_seed": [{key: seed[key] for key in ("seed", *zero, "train_loss")} for seed in seeds],
+        "per_seed": [{key: seed[key] for key in ("seed", *keys, "train_loss")} for seed in seeds],
     }
+    return result
+
+
+def _mean_and_std(key: str, values: Sequence[float]) -> dict[str, float]:
+    """Return `key` and `key_std`; one seed has no spread: 0, like the mean of one."""
+    std = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+    return {key: round(float(np.mean(values)), 4), f"{key}_std": round(std, 4)}
+
+
+def _mean_baselines(seeds: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """Return means and spreads of the baselines that were measured with every seed."""
+    parts = [seed.get("baselines", {}) for seed in seeds]
+    result: dict[str, dict[str, float]] = {}
+    for name in parts[0]:
+        if all(name in part for part in parts):
+            result[name] = {}
+            for key in parts[0][name]:
+                result[name] |= _mean_and_std(key, [part[name][key] for part in parts])
     return result
 
 

@@ -13,10 +13,11 @@ from tasks.fewshot.backbones import TINY
 from tasks.fewshot.config import FewshotConfig
 from tasks.fewshot.evaluate import Scores, merged_for, threads
 from tasks.fewshot.experiment import Experiment, prepare
+from tasks.fewshot.frozen import measure, test_features
 from tasks.fewshot.output import open_run, taken_back_on_error
 from tasks.fewshot.pictures import save_confusion
 from tasks.fewshot.rate_search import check_search, with_searched_rate
-from tasks.fewshot.report import print_note, print_result
+from tasks.fewshot.report import COLUMNS, print_note, print_result
 from tasks.fewshot.results import read_matrix, summarise, write_matrix
 from tasks.fewshot.sampling import short_classes
 from tasks.fewshot.shots import Shots
@@ -46,8 +47,11 @@ def _run(config: FewshotConfig) -> dict[str, Any]:
     with taken_back_on_error(made):
         first = experiment.shots(config.seed[0])
         check_search(experiment, first)
-        zero_scores = experiment.score()
-        zero = experiment.figures(zero_scores)
+        zero: dict[str, float] = {}
+        if experiment.backbone.has_text:
+            zero = experiment.figures(experiment.score())
+        else:
+            test_features(experiment, experiment.classifier())
         directory.write_config(config, volatile=MAY_CHANGE)
     _announce(experiment, zero, directory)
     before = time.monotonic() - began
@@ -101,6 +105,7 @@ def run_seed(
         return result
     config, clip = experiment.config, experiment.backbone.clip
     shots = shots or experiment.shots(seed)
+    baselines = measure(experiment, seed, shots)
     experiment.inject(seed)
     try:
         fitted, trainable = adapt(experiment, seed, shots, directory)
@@ -117,6 +122,7 @@ def run_seed(
             "seed": seed,
             "shots": config.shots,
             **{key: round(value, 4) for key, value in figures.items()},
+            "baselines": baselines,
             "per_class": _per_class(experiment, scores),
             "train_loss": fitted.loss,
             "steps": fitted.steps,
@@ -139,6 +145,8 @@ def describe(experiment: Experiment) -> Description:
         method=config.method,
         dataset=config.dataset,
         random_weights=backbone.random_weights,
+        head=config.head,
+        image_size=config.image_size,
     )
 
 
@@ -167,6 +175,7 @@ def _announce(experiment: Experiment, zero: dict[str, float], directory: RunDire
         )
     if skipped := experiment.test.skipped:
         print_note(f"{len(skipped)} unreadable test images left out, first: {skipped[0]}")
-    figures = ", ".join(f"{key.replace('_', ' ')} {value:.1f} %" for key, value in zero.items())
+    figures = ", ".join(f"{COLUMNS[key]} {value:.1f} %" for key, value in zero.items())
     count = len(dataset.test) - len(experiment.test.skipped)
-    print_note(f"zero-shot on {count} test images of {len(dataset.classes)} classes: {figures}")
+    images = f"{count} test images of {len(dataset.classes)} classes"
+    print_note(f"zero-shot on {images}: {figures}" if zero else f"{images}, no zero-shot")
