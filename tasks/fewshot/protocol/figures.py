@@ -7,13 +7,12 @@ those of an average too. A difference is taken seed by seed, between runs on the
 
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from tasks.fewshot.evaluate import harmonic_mean
 from visionlora.compose import parse
-from visionlora.errors import VisionLoraError
 
 AVERAGE = "average"
 HALVES = ("base", "new", "harmonic_mean")
@@ -93,6 +92,7 @@ def lines(records: Iterable[Record], reference: str) -> list[Line]:
                     key: Spread.of([seeds[s].figures[key] - other[s].figures[key] for s in shared])
                     for key in first.figures
                     if shared
+                    and all(key in part[s].figures for part in (seeds, other) for s in shared)
                 },
                 first.lr,
                 first.parameters,
@@ -131,8 +131,9 @@ def averages(records: Sequence[Record]) -> list[Record]:
 
 
 def average(figures: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Average every figure; the harmonic mean is that of the averages."""
-    mean = {key: statistics.fmean(item[key] for item in figures) for key in figures[0]}
+    """Average every figure that all have; the harmonic mean is that of the averages."""
+    keys = [key for key in figures[0] if all(key in item for item in figures)]
+    mean = {key: statistics.fmean(item[key] for item in figures) for key in keys}
     if "harmonic_mean" in mean:
         mean["harmonic_mean"] = harmonic_mean(mean["base"], mean["new"])
     return mean
@@ -147,16 +148,20 @@ def reference_of(methods: Sequence[str]) -> str:
     return methods[0]
 
 
-def measured(result: dict[str, Any]) -> dict[str, float]:
-    """Return the figures of a seed's or a run's result that tables are made of."""
-    keys = HALVES if "base" in result else ("accuracy",)
-    if missing := [key for key in keys if key not in result]:
-        raise VisionLoraError(f"a result lacks {missing[0]}; remove its run folder and run again")
-    return {key: float(result[key]) for key in keys}
+def measured(result: Mapping[str, Any]) -> dict[str, float]:
+    """Return the figures of a result that tables are made of; none for a missing zero-shot."""
+    keys = HALVES if "base" in result else ("accuracy", "ece")
+    return {key: float(result[key]) for key in keys if key in result}
+
+
+def headline(keys: Iterable[str]) -> list[str]:
+    """Return the figures that are printed and drawn; files have the calibration error too."""
+    return [key for key in keys if key != "ece"]
 
 
 def _spreads(figures: Sequence[dict[str, float]]) -> dict[str, Spread]:
-    found = {key: Spread.of([item[key] for item in figures]) for key in figures[0]}
+    keys = [key for key in figures[0] if all(key in item for item in figures)]
+    found = {key: Spread.of([item[key] for item in figures]) for key in keys}
     if "harmonic_mean" in found:
         middle = harmonic_mean(found["base"].mean, found["new"].mean)
         found["harmonic_mean"] = Spread(middle, found["harmonic_mean"].std, len(figures))

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tasks.fewshot.pictures import new_figure, save_figure
-from tasks.fewshot.protocol.figures import AVERAGE, Line, Record
+from tasks.fewshot.protocol.figures import AVERAGE, Line, Record, headline
+from tasks.fewshot.report import COLUMNS
 
 WIDTH, HEIGHT = 4.6, 3.6
-COLUMNS = 4
-SPOKEN = {"harmonic_mean": "harmonic mean"}
+PANELS_A_ROW = 4
 
 
 def save_plot(
@@ -30,8 +30,8 @@ def save_plot(
         title: Of the whole picture.
         path: Where it goes.
     """
-    panels = _panels(zero)
-    columns = min(COLUMNS, len(panels))
+    panels = _panels(list(zero), headline(lines[0].figures))
+    columns = min(PANELS_A_ROW, len(panels))
     count = -(-len(panels) // columns)
     figure = new_figure(WIDTH * columns, HEIGHT * count + 0.6)
     cells = figure.subplots(count, columns, squeeze=False).flatten()
@@ -40,7 +40,9 @@ def save_plot(
     for cell in cells[len(panels) :]:
         cell.axis("off")
     for cell, (name, key, head) in zip(cells, panels, strict=False):
-        cell.axhline(zero[name][key], color="gray", linestyle="--", linewidth=1, label="zero-shot")
+        if key in zero[name]:
+            style = {"color": "gray", "linestyle": "--", "linewidth": 1, "label": "zero-shot"}
+            cell.axhline(zero[name][key], **style)
         for place, method in enumerate(methods):
             own = sorted(
                 (line for line in lines if (line.dataset, line.method) == (name, method)),
@@ -74,10 +76,9 @@ def save_plot(
     return save_figure(figure, path)
 
 
-def _panels(zero: dict[str, dict[str, float]]) -> list[tuple[str, str, str]]:
+def _panels(names: list[str], keys: list[str]) -> list[tuple[str, str, str]]:
     """Return data set, figure and title of every panel."""
-    keys = list(next(iter(zero.values())))
     if len(keys) == 1:
-        return [(name, keys[0], name) for name in zero]
-    name = AVERAGE if AVERAGE in zero else next(iter(zero))
-    return [(name, key, f"{name}: {SPOKEN.get(key, key)}") for key in keys]
+        return [(name, keys[0], name) for name in names]
+    name = AVERAGE if AVERAGE in names else names[0]
+    return [(name, key, f"{name}: {COLUMNS[key]}") for key in keys]

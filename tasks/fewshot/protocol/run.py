@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cache
+from math import nan
 from typing import Any
 
 from tasks.fewshot.backbones import TINY, Backbone, load_backbone
@@ -17,7 +18,7 @@ from tasks.fewshot.datasets import Dataset, load_dataset
 from tasks.fewshot.evaluate import threads
 from tasks.fewshot.experiment import Experiment, prepare
 from tasks.fewshot.protocol.config import EXTENSIBLE, Cell, ProtocolConfig
-from tasks.fewshot.protocol.figures import Record, measured
+from tasks.fewshot.protocol.figures import Record, headline, measured
 from tasks.fewshot.protocol.progress import Progress
 from tasks.fewshot.protocol.rates import (
     check_validation,
@@ -28,9 +29,9 @@ from tasks.fewshot.protocol.rates import (
 from tasks.fewshot.protocol.transfer import as_target, tested, zero_shot
 from tasks.fewshot.protocol.write import write_table
 from tasks.fewshot.rate_search import with_searched_rate
-from tasks.fewshot.report import print_note
+from tasks.fewshot.report import COLUMNS, print_note
 from tasks.fewshot.train import MAY_CHANGE, finish, run_seed
-from visionlora.errors import DivergedError, VisionLoraError
+from visionlora.errors import ConfigError, DataError, DivergedError, VisionLoraError
 from visionlora.training import RunDirectory
 
 
@@ -73,11 +74,7 @@ def run(config: ProtocolConfig) -> dict[str, Any]:
 def _run(config: ProtocolConfig) -> dict[str, Any]:
     backbone = load_backbone(config.backbone, config.pretrained)
     names = dict.fromkeys([*([config.training] if config.training else []), *config.datasets])
-    datasets = {
-        name: load_dataset(name, config.root, config.own_split)
-        for name in names
-        if name is not None
-    }
+    datasets = _load([name for name in names if name is not None], config)
     check(config, backbone, datasets)
     directory = RunDirectory(config.folder, resume=True)
     directory.write_config(config, volatile=EXTENSIBLE)
@@ -85,6 +82,8 @@ def _run(config: ProtocolConfig) -> dict[str, Any]:
     bench = Bench(
         config, backbone, datasets, directory, _progress(config, datasets, directory), table
     )
+    if backbone.random_weights and directory.main:
+        print_note("random weights: accuracies mean nothing, only timings do")
     for name in dict.fromkeys(cell.dataset for cell in config.cells()):
         _train_all(bench, name)
     result: dict[str, Any] = {}
@@ -98,6 +97,23 @@ def _run(config: ProtocolConfig) -> dict[str, Any]:
     return result
 
 
+def _load(names: list[str], config: ProtocolConfig) -> dict[str, Dataset]:
+    """Read all data sets, and say at once which ones cannot be used."""
+    found: dict[str, Dataset] = {}
+    missing: dict[str, VisionLoraError] = {}
+    for name in names:
+        try:
+            found[name] = load_dataset(name, config.root, config.own_split)
+        except VisionLoraError as error:
+            missing[name] = error
+    if missing:
+        first, *others = missing
+        if not others:
+            raise missing[first]
+        raise DataError(f"{missing[first]}; nor can be used: {', '.join(others)}")
+    return found
+
+
 def check(config: ProtocolConfig, backbone: Backbone, datasets: dict[str, Dataset]) -> None:
     """Refuse what cannot be used, before anything is written or trained.
 
@@ -105,6 +121,8 @@ def check(config: ProtocolConfig, backbone: Backbone, datasets: dict[str, Datase
         VisionLoraError: naming the data set or the method.
     """
     first = config.cells()[0]
+    if config.transfers and not backbone.has_text:
+        raise ConfigError(f"{config.name} needs a text tower, which timm backbones lack")
     sources: dict[str, Experiment] = {}
     for cell in config.cells():
         # A method meets the backbone, a data set its classes and prompts: no need to try all pairs.
@@ -130,9 +148,11 @@ def _train_all(bench: Bench, name: str) -> None:
 
     @cache
     def zero() -> dict[str, float]:
+        if not bench.backbone.has_text:
+            return {}
         figures = shared.figures(shared.score())
         if bench.directory.main:
-            print_note(f"{name}: zero-shot {_said(figures)}")
+            print_note(f"{name}: zero-shot {_said(measured(figures))}")
         return figures
 
     @cache
@@ -149,7 +169,9 @@ def _train_all(bench: Bench, name: str) -> None:
                     )
                 changes["lr"] = rates[cell.method]
             settings = config.cell(cell.method, name, cell.shots, **changes)
-            experiment = replace(shared, config=settings.resolved(dataset.templates))
+            settings = settings.resolved(dataset.templates)
+            settings = replace(settings, params=shared.config.params)
+            experiment = replace(shared, config=settings)
             _train_cell(bench, experiment, cell, zero)
             done.append(cell)
         except DivergedError as error:
@@ -178,10 +200,12 @@ def _train_cell(
         bench.progress.done((f"{cell}, seed {seed}", cell.method), _said(measured(seeds[-1])))
     if before is None or missing:
         before = finish(experiment, directory, zero(), seeds, 0.0)
-    found = {key.removeprefix("zero_shot_"): before[key] for key in before if "zero_shot_" in key}
-    bench.table.zero[cell.dataset] = measured({"accuracy": before["zero_shot"], **found})
-    bench.table.records += [
-        Record(
+    zeros = {key.removeprefix("zero_shot_"): before[key] for key in before if "zero_shot_" in key}
+    if "zero_shot" in before:
+        zeros["accuracy"] = before["zero_shot"]
+    bench.table.zero[cell.dataset] = measured(zeros)
+    for item in seeds:
+        record = Record(
             cell.dataset,
             cell.method,
             cell.shots,
@@ -193,8 +217,18 @@ def _train_cell(
             experiment.dataset.split,
             "source" if bench.config.transfers else "test",
         )
-        for item in seeds
-    ]
+        bench.table.records.append(record)
+        _add_baselines(bench.table, record, item.get("baselines", {}))
+
+
+def _add_baselines(table: Table, run: Record, found: dict[str, dict[str, float]]) -> None:
+    """Add what was measured on frozen features, which is the same beside every method."""
+    there = {(item.dataset, item.method, item.shots, item.seed) for item in table.records}
+    for name, figures in found.items():
+        if (run.dataset, name, run.shots, run.seed) not in there and run.role == "test":
+            table.records.append(
+                replace(run, method=name, figures=measured(figures), lr=nan, steps=0, parameters=0)
+            )
 
 
 def _transfer(bench: Bench, source: Experiment, cells: list[Cell]) -> None:
@@ -247,6 +281,6 @@ def _result(directory: RunDirectory) -> dict[str, Any] | None:
 
 def _said(figures: dict[str, float]) -> str:
     return ", ".join(
-        f"{value:.1f} %" if key == "accuracy" else f"{key.replace('_', ' ')} {value:.1f} %"
-        for key, value in figures.items()
+        f"{figures[key]:.1f} %" if key == "accuracy" else f"{COLUMNS[key]} {figures[key]:.1f} %"
+        for key in headline(figures)
     )

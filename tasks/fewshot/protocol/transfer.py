@@ -41,6 +41,7 @@ def as_target(config: ProtocolConfig, source: Experiment, dataset: Dataset) -> E
         dataset=dataset,
         tokens=tokenize(dataset.classes, templates, source.backbone.tokenizer),
         test=TestImages(dataset.test, source.backbone.transform),
+        frozen=[],
     )
 
 

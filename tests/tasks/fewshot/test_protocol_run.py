@@ -31,7 +31,8 @@ def trained(folder: Path) -> dict[str, int]:
     return {str(file.relative_to(folder)): file.stat().st_mtime_ns for file in files}
 
 
-FEW = {"method": ["lora", "block-lora(layout=grid)+glad"], "shots": [1, 2]}
+GRID = "block-lora(layout=grid)+glad"
+FEW = {"method": ["lora", GRID], "shots": [1, 2], "baselines": ["prototype"]}
 
 
 @pytest.fixture(scope="module")
@@ -43,34 +44,31 @@ def few_shot(tmp_path_factory):
 
 def test_a_table_has_every_cell_and_all_its_files(few_shot):
     folder, result = few_shot
-    found = {(row["method"], row["shots"], row["seed"]) for row in rows(folder)}
-    assert found == {
-        (m, str(n), str(s)) for m in FEW["method"] for n in FEW["shots"] for s in (1, 2)
+    found = [(row["method"], row["shots"], row["seed"]) for row in rows(folder)]
+    methods = [*FEW["method"], *FEW["baselines"]]
+    assert len(found) == 3 * 2 * 2
+    assert set(found) == {
+        (m, str(n), str(s)) for m in methods for n in FEW["shots"] for s in (1, 2)
     }
     for file in ("runs.csv", "summary.csv", "table.md", "plot.png", "result.json", "config.yaml"):
         assert (folder / file).stat().st_size > 0
     text = (folder / "table.md").read_text()
-    for method in FEW["method"]:
-        assert f"| {method} |" in text
-    assert [line["shots"] for line in result["lines"]] == [1, 1, 2, 2]
+    for method in methods:
+        assert text.count(f"| {method} |") == 1
+    assert sorted(line["shots"] for line in result["lines"]) == [1] * 3 + [2] * 3
 
 
 def test_a_cell_is_what_the_ordinary_run_gives(few_shot, tmp_path):
     folder, _ = few_shot
-    plain = train.run(
-        ProtocolConfig(name="few-shot", **QUICK).cell(
-            FEW["method"][1], "digits", 2, output=str(tmp_path / "run")
-        )
-    )
-    cell = json.loads(
-        (folder / "cells/digits" / FEW["method"][1] / "2-shot/result.json").read_text()
-    )
+    options = ProtocolConfig(name="few-shot", **QUICK)
+    plain = train.run(options.cell(GRID, "digits", 2, output=str(tmp_path / "run")))
+    cell = json.loads((folder / "cells/digits" / GRID / "2-shot/result.json").read_text())
     for key in ("accuracy", "accuracy_std", "zero_shot", "trainable_parameters", "lr", "steps"):
         assert cell[key] == plain[key]
     assert [item["accuracy"] for item in cell["per_seed"]] == [
         float(row["accuracy"])
         for row in rows(folder)
-        if (row["method"], row["shots"]) == (FEW["method"][1], "2")
+        if (row["method"], row["shots"]) == (GRID, "2")
     ]
 
 
@@ -82,7 +80,7 @@ def test_the_same_command_trains_nothing_again_and_cells_can_be_added(few_shot, 
     assert "8 of 8 runs are done already" in capsys.readouterr().out
     assert again["lines"] == few_shot[1]["lines"]
     run(folder, "few-shot", **{**FEW, "method": [*FEW["method"], "lora-fa"], "seed": [1]})
-    assert len(rows(folder)) == 3 * 2  # one seed only is asked for, the others stay on the disk
+    assert len(rows(folder)) == 4 * 2  # one seed only is asked for, the others stay on the disk
     after = trained(folder)
     assert {name: after[name] for name in before} == before
     assert len(after) == len(before) + 2
@@ -246,3 +244,15 @@ def test_a_cell_that_diverges_is_named_and_the_others_go_on(tmp_path, monkeypatc
         run(tmp_path / "out", "few-shot", method=["lora-fa", "lora"], shots=[1])
     assert [row["method"] for row in rows(tmp_path / "out")] == ["lora", "lora"]
     assert "Failed: digits, lora-fa, 1 shot" in (tmp_path / "out" / "table.md").read_text()
+
+
+def test_without_a_text_tower_there_is_no_zero_shot_and_no_transfer(photographs, tmp_path):
+    options = {"backbone": "timm:test_vit", "pretrained": "none", "method": ["lora"], "shots": [2]}
+    data = photographs("data", "cat dog")
+    result = run(tmp_path / "out", "few-shot", dataset=[data], seed=[1], **options)
+    assert result["zero_shot"] == {data: {}}
+    assert [line["method"] for line in result["lines"]] == ["lora", "linear-probe"]
+    assert "zero-shot" not in (tmp_path / "out" / "table.md").read_text()
+    other = photographs("other", "red blue")
+    with pytest.raises(ConfigError, match="cross-dataset needs a text tower"):
+        run(tmp_path / "more", "cross-dataset", source=data, dataset=[other], **options)
