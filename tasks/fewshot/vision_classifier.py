@@ -22,6 +22,8 @@ class VisionClassifier(Classifier):
     def image_features(self, images: Tensor) -> Tensor:
         """Return pooled features, of the length they have, of `uint8 [B, 3, H, W]` pictures."""
         pixels = (images.to(self.mean.dtype) / 255 - self.mean) / self.std
+        # As the weights lie, see `VisionModel`: a quarter less time on a CPU.
+        pixels = pixels.contiguous(memory_format=torch.channels_last)
         features: Tensor = self.clip.encode_image(pixels)
         return features
 

@@ -36,7 +36,7 @@ class VisionModel(nn.Module):
 
     def __init__(self, trunk: nn.Module, width: int) -> None:
         super().__init__()
-        self.trunk: Any = trunk
+        self.trunk: Any = trunk.to(memory_format=torch.channels_last)
         self.width = width
         self.class_head = nn.Identity()
 
