@@ -18,7 +18,7 @@ from tasks.fewshot.app.session import Session, Sessions
 from tasks.fewshot.datasets import DEFAULT_TEMPLATE
 from tasks.fewshot.folder import IMAGE_SUFFIXES
 from tasks.fewshot.pictures import save_confusion
-from visionlora.errors import DataError, VisionLoraError
+from visionlora.errors import ConfigError, DataError, VisionLoraError
 
 ROWS = 12
 """Classes that can be given one by one; more fit into a zip file."""
@@ -31,7 +31,21 @@ SUFFIXES = sorted(IMAGE_SUFFIXES)
 CSS = """
 .gradio-container { max-width: 1360px !important; margin: auto; }
 .upload-row { align-items: stretch; }
+.pictures .grid-container {
+    grid-template-columns: repeat(auto-fill, 52px) !important; gap: 4px; padding: 4px 64px 4px 4px;
+}
+.pictures .gallery-item, .pictures .thumbnail-item {
+    width: 52px; height: 52px !important; border-radius: 6px;
+}
+.results .grid-container { grid-template-columns: repeat(auto-fill, 96px) !important; gap: 8px; }
+.results .grid-wrap { min-height: 0; }
+.results img { padding-bottom: 20px; }
+.results .caption-label {
+    font-size: 12px; left: 2px; right: 2px; bottom: 2px; max-width: none; text-align: center;
+}
+#summary { padding: 12px 16px; }
 #summary h3 { margin: 0 0 4px; font-size: 20px; }
+#confusion img { max-height: 400px; }
 """
 FONT = ["system-ui", "sans-serif"]
 MONO = ["ui-monospace", "monospace"]
@@ -57,9 +71,9 @@ class Handlers:
         archive: str | None,
         method: str,
         shots: float,
-        steps: float | None,
-        lr: float | None,
-        template: str,
+        steps: str | None,
+        lr: str | None,
+        template: str | None,
         measure: Measure,
         *rows: Any,
         progress: Any = None,
@@ -70,9 +84,9 @@ class Handlers:
             settings = Settings(
                 method=method or "",
                 shots=int(shots),
-                steps=int(steps) if steps else None,
-                lr=lr or None,
-                template=template.strip(),
+                steps=_number(steps, int, "steps must be a whole number"),
+                lr=_number(lr, float, "the learning rate must be a number"),
+                template=(template or "").strip(),
                 measure=measure,
             )
             tree = from_rows(_rows(rows))
@@ -183,7 +197,7 @@ def build(engine: Engine, sessions: Sessions) -> gr.Blocks:
                     "Nothing adapted yet.", elem_id="summary", container=True, min_height=90
                 )
                 confusion = gr.Image(
-                    label="Which class was taken for which",
+                    show_label=False,
                     type="filepath",
                     interactive=False,
                     visible=False,
@@ -214,23 +228,11 @@ def _inputs(private: dict[str, Any]) -> tuple[list[Any], Any]:
                     label=f"Class {index + 1}",
                     placeholder="red fox",
                     lines=1,
-                    min_width=120,
-                    scale=1,
+                    min_width=130,
+                    scale=2,
                     elem_id=f"name-{index}",
                 )
-                files = gr.Gallery(
-                    label="Pictures",
-                    type="filepath",
-                    file_types=SUFFIXES,
-                    sources=["upload"],
-                    columns=8,
-                    height=130,
-                    object_fit="contain",
-                    interactive=True,
-                    allow_preview=False,
-                    scale=4,
-                    elem_id=f"pictures-{index}",
-                )
+                files = _gallery(f"pictures-{index}", scale=5)
             fields += [name, files]
             lines.append(line)
         more = gr.Button("Another class", size="sm", elem_id="more")
@@ -251,6 +253,25 @@ def _inputs(private: dict[str, Any]) -> tuple[list[Any], Any]:
     return fields, archive
 
 
+def _gallery(name: str, scale: int | None = None) -> gr.Gallery:
+    """Return a place to drop pictures, which shows them small."""
+    return gr.Gallery(
+        show_label=False,
+        type="filepath",
+        file_types=SUFFIXES,
+        sources=["upload"],
+        columns=8,
+        height=126,
+        object_fit="cover",
+        interactive=True,
+        allow_preview=False,
+        buttons=[],
+        scale=scale,
+        elem_id=name,
+        elem_classes="pictures",
+    )
+
+
 def _settings() -> list[Any]:
     """Lay out the settings, which all have sensible values."""
     with gr.Accordion("Settings", open=False, elem_id="settings"):
@@ -264,18 +285,26 @@ def _settings() -> list[Any]:
                 elem_id="method",
             )
             shots = gr.Slider(
-                1, MAX_SHOTS, 16, step=1, label="Training pictures per class, at most"
+                1,
+                MAX_SHOTS,
+                16,
+                step=1,
+                label="Pictures per class",
+                info="at most so many of a class train",
             )
         with gr.Row():
-            steps = gr.Number(
-                None,
+            steps = gr.Textbox(
                 label="Steps",
-                info=f"empty: the recipe's, at most {MAX_STEPS}",
-                precision=0,
-                minimum=0,
+                info=f"automatic: the recipe's, at most {MAX_STEPS}",
+                placeholder="automatic",
                 elem_id="steps",
             )
-            lr = gr.Number(None, label="Learning rate", info="empty: the recipe's", minimum=0)
+            lr = gr.Textbox(
+                label="Learning rate",
+                info="automatic: the recipe's",
+                placeholder="automatic",
+                elem_id="lr",
+            )
         with gr.Row():
             template = gr.Textbox(
                 DEFAULT_TEMPLATE, label="Sentence", info="{} is the class", elem_id="template"
@@ -292,34 +321,33 @@ def _settings() -> list[Any]:
 def _predictions(handlers: Handlers, event: dict[str, Any]) -> None:
     """Lay out the part that classifies new pictures."""
     gr.Markdown("### 3. New pictures")
-    new = gr.Gallery(
-        label="Pictures to classify",
-        type="filepath",
-        file_types=SUFFIXES,
-        sources=["upload"],
-        columns=8,
-        height=130,
-        object_fit="contain",
-        interactive=True,
-        allow_preview=False,
-        elem_id="new",
-    )
+    new = _gallery("new")
     go = gr.Button("Classify", variant="primary", elem_id="classify")
     said = gr.Markdown(elem_id="said")
     pictures = gr.Gallery(
-        label="Classified",
+        show_label=False,
         columns=6,
         height="auto",
         object_fit="contain",
         interactive=False,
         visible=False,
+        buttons=[],
         elem_id="classified",
+        elem_classes="results",
     )
     table = gr.Dataframe(
         headers=COLUMNS, interactive=False, visible=False, wrap=True, elem_id="table"
     )
     classify: Callable[..., Any] = handlers.predict
     go.click(classify, new, [said, pictures, table], **event)
+
+
+def _number(text: str | None, kind: Callable[[str], Any], complaint: str) -> Any:
+    """Return the number in a field, or None if it is left empty."""
+    try:
+        return kind(text) if text and text.strip() else None
+    except ValueError:
+        raise ConfigError(f"{complaint}, got {text!r}") from None
 
 
 def _rows(values: tuple[Any, ...]) -> list[tuple[str, list[Path]]]:

@@ -1,10 +1,12 @@
 """Pictures per class, from uploaded files or a zip of class folders; nothing is trusted.
 
-A zip file is never unpacked by its own names: every picture is written to a number below a folder
-of ours, so that no name can lead elsewhere, and sizes are limited while reading.
+A zip file is never unpacked by its own names: every picture gets a numbered folder, and of its name
+only letters, digits, dots and dashes are kept, so that no name can lead elsewhere. Sizes are limited
+before anything is written.
 """
 
 import hashlib
+import re
 import stat
 import zipfile
 import zlib
@@ -70,7 +72,7 @@ def from_rows(rows: Sequence[tuple[str, Sequence[Path]]]) -> Tree:
 
 
 def from_zip(file: Path, folder: Path) -> Tree:
-    """Write the pictures of a zip file of class folders below `folder`, and return them by class.
+    """Write the pictures of a zip file of class folders below `folder`; return them by class.
 
     Raises:
         DataError: no zip file, no class folders, a name that leads outside, or too much in it.
@@ -80,8 +82,8 @@ def from_zip(file: Path, folder: Path) -> Tree:
             members = _members(archive)
             tree: Tree = {}
             for number, (name, member) in enumerate(members):
-                suffix = PurePosixPath(member.filename).suffix.lower()
-                target = folder / f"{number:05d}{suffix}"
+                plain = re.sub(r"[^\w.-]", "_", PurePosixPath(member.filename).name)
+                target = folder / f"{number:05d}" / plain[-MAX_NAME:]
                 _write(archive, member, target)
                 tree.setdefault(name, []).append(target)
     except (zipfile.BadZipFile, zlib.error, RuntimeError, EOFError) as error:

@@ -19,10 +19,8 @@ def summary(adapted: Adapted) -> str:
     if adapted.random_weights:
         lines.append("**Random weights: these figures mean nothing.**")
     if adapted.scores is not None and adapted.zero_shot is not None:
-        lines.append(
-            f"### {_accuracy(adapted.scores)} right\n"
-            f"Before adapting: {_accuracy(adapted.zero_shot)}."
-        )
+        lines.append(f"### {adapted.scores.accuracy():.1f} % right")
+        lines.append(f"{_counts(adapted.scores)}; before adapting {_counts(adapted.zero_shot)}.")
     lines.append(safe(adapted.sentence))
     lines.append(
         f"{safe(adapted.method)}: {adapted.trainable:,} trained numbers, {adapted.steps} steps, "
@@ -79,13 +77,11 @@ def safe(text: str) -> str:
     return "".join(f"\\{sign}" if sign in "\\`*_[]()#!|~$" else sign for sign in escaped)
 
 
-def _accuracy(scores: Scores) -> str:
+def _counts(scores: Scores) -> str:
     count = len(scores.labels)
     right = int((scores.logits.argmax(1) == scores.labels).sum())
     low, high = wilson(right, count)
-    return (
-        f"{100 * right / count:.1f} % ({right} of {count}; 95 % interval {low:.0f} to {high:.0f} %)"
-    )
+    return f"{right} of {count} (95 % interval {low:.0f} to {high:.0f} %)"
 
 
 def _left_out(unreadable: list[str], doubles: int) -> list[str]:
