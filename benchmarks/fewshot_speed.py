@@ -34,6 +34,7 @@ from rich.table import Table
 from torch import Tensor
 
 import visionlora as vl
+from benchmarks.turns import clock_for, in_turns, median_ratio
 from visionlora.dynamics import Stepper
 from visionlora.errors import ConfigError, OutputError
 from visionlora.io.atomic import write_text_atomically
@@ -165,8 +166,6 @@ def memory(setting: Setting) -> Row:
 
 def times(setting: Setting, rounds: int, minutes: float) -> list[Row]:
     """Compare steps and evaluation passes, in turns."""
-    from benchmarks.measure import clock_for, in_turns, median_ratio
-
     deadline = time.monotonic() + 60 * minutes
     sides = [Side(name, setting) for name in ("reference", "ours")]
     jobs = [getattr(side, what) for what in ("step", "evaluate") for side in sides]

@@ -1,8 +1,7 @@
 """Time and saved bytes of one training step, relative to the floor.
 
 Contestants take turns with the floor in one process, and each ratio is taken inside one round, so
-that a machine that slows down slows both sides; the median over the rounds is reported. The turns,
-the ratio and the clock serve the other tables of this folder as well.
+that a machine that slows down slows both sides; the median over the rounds is reported.
 """
 
 import statistics
@@ -10,15 +9,13 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.contestants import CLASSES, Contestant
-
-T = TypeVar("T")
+from benchmarks.turns import in_turns, median_ratio
 
 
 @dataclass(frozen=True)
@@ -72,34 +69,6 @@ def measure(
         )
         for index, contestant in enumerate(group)
     ]
-
-
-def in_turns(group: Sequence[Callable[[], T]], repeats: int, deadline: float) -> list[list[T]]:
-    """Call all members once per round, and return what each returned, round by round.
-
-    No round is begun after the deadline, except the first.
-    """
-    found: list[list[T]] = [[] for _ in group]
-    for round_ in range(repeats):
-        if round_ and time.monotonic() > deadline:
-            break
-        for place in range(len(group)):
-            index = (place + round_) % len(group)  # no one always runs first
-            found[index].append(group[index]())
-    return found
-
-
-def clock_for(threads: int) -> Callable[[], float]:
-    """Return the clock to time with.
-
-    The CPU time of several threads adds up, their waiting included; one thread's does not.
-    """
-    return time.process_time if threads == 1 else time.perf_counter
-
-
-def median_ratio(values: Sequence[float], floor: Sequence[float]) -> float:
-    """Return the median over the rounds of the ratio within a round."""
-    return statistics.median(value / base for value, base in zip(values, floor, strict=True))
 
 
 def timed_step(

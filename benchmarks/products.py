@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 import visionlora as vl
 from benchmarks.contestants import TARGETS, build_base, check_sites, usual_options
-from benchmarks.measure import clock_for, in_turns, make_batch, median_ratio
+from benchmarks.measure import make_batch
+from benchmarks.turns import clock_for, in_turns, median_ratio
 from visionlora.dynamics import Stepper
 from visionlora.errors import ConfigError
 from visionlora.ranks import controllers_of

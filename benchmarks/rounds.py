@@ -19,8 +19,9 @@ from benchmarks.contestants import (
     full_finetuning,
     method_config,
 )
-from benchmarks.measure import Result, clock_for, make_batch, measure
+from benchmarks.measure import Result, make_batch, measure
 from benchmarks.peers import PEERS
+from benchmarks.turns import clock_for
 
 
 @dataclass(frozen=True)

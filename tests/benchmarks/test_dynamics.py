@@ -15,7 +15,7 @@ pytest.importorskip("peft")
 pytest.importorskip("timm")
 
 from benchmarks.dynamics import main
-from benchmarks.measure import in_turns
+from benchmarks.turns import in_turns
 from benchmarks.products import GOALS, default_products
 
 TINY = ["--model", "vit_tiny_patch16_224", "--batch", "1", "--repeats", "1"]
