@@ -15,8 +15,8 @@ pytest.importorskip("peft")
 pytest.importorskip("timm")
 
 from benchmarks.dynamics import main
-from benchmarks.turns import in_turns
 from benchmarks.products import GOALS, default_products
+from benchmarks.turns import in_turns
 
 TINY = ["--model", "vit_tiny_patch16_224", "--batch", "1", "--repeats", "1"]
 KEYS = {"product", "beside", "model", "rank", "batch", "step_ratio", "goal"} | {
