@@ -11,13 +11,14 @@ on_grads_ready     gradients are final up to clipping
   (clipping)
 on_grads_clipped   the last look at the gradients
   (optimizer.step)
-on_step_end        always, also after a skipped step, so that a perturbation can be taken back
+on_step_end        after the optimiser, or after a skipped step
   (zero_grad)
+on_run_end         once, when training is over, whatever ended it
 ```
 
-A step with a non-finite loss or gradient goes from its backward straight to `on_step_end`. Where an
-exception ends a step, `on_step_failed` is called instead. Between `on_step_begin` and these two a
-dynamics may hold the model in another state, which it puts back from copies.
+A step with a non-finite loss or gradient goes from `on_backward_end` straight to `on_step_end`;
+where an exception ends a step, `on_step_failed` is called instead. Between `on_step_begin` and
+`on_backward_end` a dynamics may hold the model in another state, which it puts back from copies.
 Dynamics run in the given order, those with `controls` before all others.
 """
 
