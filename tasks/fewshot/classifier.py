@@ -29,11 +29,17 @@ class Classifier(nn.Module):
     fixed_text: Tensor | None
 
     def __init__(
-        self, clip: nn.Module, tokens: Tensor, transform: Transform, encoder: Encoder
+        self,
+        clip: nn.Module,
+        tokens: Tensor,
+        transform: Transform,
+        encoder: Encoder,
+        text_chunk: int | None = None,
     ) -> None:
         super().__init__()
         self.clip: Any = clip
         self.encoder = encoder
+        self.text_chunk = text_chunk
         self.register_buffer("tokens", tokens, persistent=False)
         self.register_buffer("mean", _channels(transform.mean), persistent=False)
         self.register_buffer("std", _channels(transform.std), persistent=False)
@@ -42,7 +48,7 @@ class Classifier(nn.Module):
     @torch.no_grad()
     def cache_text(self) -> None:
         """Compute the text features once; right while the text tower is frozen."""
-        self.fixed_text = text_features(self.clip, self.tokens)
+        self.fixed_text = text_features(self.clip, self.tokens, self.text_chunk)
 
     def image_features(self, images: Tensor) -> Tensor:
         """Return unit features of `uint8 [B, 3, H, W]` pictures."""
@@ -53,7 +59,7 @@ class Classifier(nn.Module):
         """Return unit features of the class prompts, cached or computed."""
         if self.fixed_text is not None:
             return self.fixed_text
-        return text_features(self.clip, self.tokens)
+        return text_features(self.clip, self.tokens, self.text_chunk)
 
     def forward(self, images: Tensor) -> Tensor:
         """Return logits `[B, classes]` of pictures, or of image features `[B, dim]`."""

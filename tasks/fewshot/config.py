@@ -27,7 +27,7 @@ LR_SHARE = 4
 """The longest trial of a search has this fraction of the run's steps."""
 AT_LEAST_ONE = (
     *("shots", "steps", "batch_size", "limit_steps", "limit_test"),
-    *("init_batches", "lr_trials", "lr_steps", "image_size"),
+    *("init_batches", "lr_trials", "lr_steps", "image_size", "text_chunk"),
 )
 ADAM_BETAS = (0.9, 0.999)
 WEIGHT_DECAY = 1e-2
@@ -100,6 +100,8 @@ class FewshotConfig:
     """Optimiser steps; default from the backbone's recipe (ViT: 500 per shot, 100 base-to-new)."""
     batch_size: int = 32
     """Images per step, over all processes."""
+    text_chunk: int | None = None
+    """Encode so many prompts at a time, and again in the backward: less memory for many classes."""
     seed: list[int] = field(default_factory=lambda: [1])
     """Run seeds: which shots are drawn, initial values, order, augmentation, dropout."""
     output: str | None = None
@@ -156,6 +158,8 @@ class FewshotConfig:
                 "--baselines: frozen features alone know nothing of new classes; "
                 "leave it out with --setting base-to-new"
             )
+        if self.text_chunk is not None and (self.vision_only or self.encoder == "vision"):
+            raise ConfigError("--text-chunk is for a text tower that trains; leave it out")
         if not self.vision_only:
             for name in ("image_size", "head"):
                 if getattr(self, name) is not None:
@@ -180,6 +184,11 @@ class FewshotConfig:
         return self.backbone.startswith(PREFIX)
 
     @property
+    def preset(self) -> "Preset":
+        """Learning rate and length that suit the backbone."""
+        return PRESETS.get(self.backbone, PRESETS["timm" if self.vision_only else "default"])
+
+    @property
     def recipe(self) -> Recipe:
         """The method with its initialiser and dynamics."""
         return parse(self.method)
@@ -192,7 +201,7 @@ class FewshotConfig:
 
     def resolved(self, templates: tuple[str, ...]) -> "FewshotConfig":
         """Return the settings with everything filled in that the user left open."""
-        preset = PRESETS.get(self.backbone, PRESETS["timm" if self.vision_only else "default"])
+        preset = self.preset
         options = self.adapter_options(0)
         per_shot = (
             preset.steps_per_shot if self.setting == "all" else preset.base_to_new_steps_per_shot

@@ -52,7 +52,10 @@ class Experiment:
         if isinstance(self.backbone.clip, VisionModel):
             return VisionClassifier(self.backbone.clip, self.backbone.transform).to(self.device)
         tokens = self.tokens if labels is None else self.tokens[:, labels.start : labels.stop]
-        model = Classifier(self.backbone.clip, tokens, self.backbone.transform, self.config.encoder)
+        config, backbone = self.config, self.backbone
+        model = Classifier(
+            backbone.clip, tokens, backbone.transform, config.encoder, config.text_chunk
+        )
         return model.to(self.device)
 
     def inject(self, seed: int) -> None:

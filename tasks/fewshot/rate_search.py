@@ -35,7 +35,7 @@ import torch.nn.functional as F
 
 import visionlora as vl
 from tasks.fewshot.adapt import adapt
-from tasks.fewshot.config import AUTO, PRESETS, FewshotConfig, rate_of
+from tasks.fewshot.config import AUTO, FewshotConfig, rate_of
 from tasks.fewshot.evaluate import Scores, TestImages, merged_for, score
 from tasks.fewshot.experiment import Experiment
 from tasks.fewshot.sampling import VALIDATION_SHOTS, Item, by_class, few_shot
@@ -197,7 +197,7 @@ def search(experiment: Experiment, shots: Shots) -> RateSearch:
 
 def middle(config: FewshotConfig) -> float:
     """Return the rate in the middle of the grid."""
-    return PRESETS.get(config.backbone, PRESETS["default"]).lr * rate_of(config.method)
+    return config.preset.lr * rate_of(config.method)
 
 
 def grid(centre: float, count: int) -> list[float]:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from visionlora.errors import ConfigError
 
@@ -64,14 +65,33 @@ def _tokens(prompts: list[str], tokenizer: Callable[..., Tensor]) -> Tensor:
     return tokens
 
 
-def text_features(clip: Any, tokens: Tensor) -> Tensor:
-    """Return one unit feature per class, `[classes, dim]`: the normalised mean over templates."""
+def text_features(clip: Any, tokens: Tensor, chunk: int | None = None) -> Tensor:
+    """Return one unit feature per class, `[classes, dim]`: the normalised mean over templates.
+
+    Args:
+        clip: An open_clip model.
+        tokens: `[templates, classes, context]`.
+        chunk: Encode so many prompts at a time, and again in the backward instead of keeping their
+            activations: the same gradient, in memory that does not grow with the classes.
+    """
     templates, classes, context = tokens.shape
     flat = tokens.reshape(templates * classes, context)
-    features = F.normalize(encode_text(clip, flat), dim=-1)
+    if chunk is None:
+        encoded = encode_text(clip, flat)
+    else:
+        encoded = torch.cat([_encoded_again(clip, part) for part in flat.split(chunk)])
+    features = F.normalize(encoded, dim=-1)
     if templates == 1:
         return features
     return F.normalize(features.unflatten(0, (templates, classes)).mean(0), dim=-1)
+
+
+def _encoded_again(clip: Any, tokens: Tensor) -> Tensor:
+    """Return `encode_text(clip, tokens)`; its backward draws the same dropout again."""
+    if not torch.is_grad_enabled():
+        return encode_text(clip, tokens)
+    features: Tensor = checkpoint(encode_text, clip, tokens, use_reentrant=False)
+    return features
 
 
 def encode_text(clip: Any, tokens: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ import torch
 from open_clip.model import CLIPTextCfg, CLIPVisionCfg
 
 from tasks.fewshot.text import can_be_cut, encode_text, text_features, text_tower, tokenize
+from tests.tolerances import assert_close
 from visionlora.errors import ConfigError
 
 VISION = CLIPVisionCfg(layers=1, width=32, head_width=16, patch_size=8, image_size=16)
@@ -96,3 +97,58 @@ def test_a_prompt_that_would_be_cut_off_is_refused(padding):
     ) as caught:
         tokenize(["dog", fits + "cat"], ["{}"], tokenizer)
     assert "\n" not in str(caught.value)
+
+
+MANY = tuple(f"{size} {thing}" for size in ("small", "very large") for thing in ("cat", "dog"))
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 4, 9])
+def test_chunks_of_prompts_give_the_same_gradient(chunk):
+    model = build().double()
+    tokens = tokenize(MANY, ["a {}.", "art of the {}."], open_clip.SimpleTokenizer())
+    weights = torch.randn(4, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    parts = [p for name, p in model.named_parameters() if "attn" in name and "visual" not in name]
+    gradients = [
+        torch.autograd.grad((text_features(model, tokens, size) * weights).sum(), parts)
+        for size in (None, chunk)
+    ]
+    for whole, chunked in zip(*gradients, strict=True):
+        assert_close(chunked, whole)
+
+
+def test_the_backward_of_a_chunk_draws_the_same_dropout_again():
+    model = build().double().train()
+    text_tower(model).transformer.resblocks[0].mlp.append(torch.nn.Dropout(0.5))
+    tokens = tokenize(MANY, ["a {}."], open_clip.SimpleTokenizer())
+    weight = model.transformer.resblocks[0].attn.in_proj_weight
+    drawn = []
+    model.transformer.resblocks[0].mlp.register_forward_hook(
+        lambda _, args, y: drawn.append(y.detach())
+    )
+    text_features(model, tokens, 2).sum().backward()
+    assert len(drawn) == 4
+    found = {tuple(map(tuple, (y == 0).flatten(1).tolist())) for y in drawn}
+    assert len(found) == 2  # two chunks, each with its own masks, twice
+    assert weight.grad.isfinite().all()
+
+
+def test_chunks_keep_little_for_the_backward():
+    model = build()
+    names = [f"thing {index}" for index in range(32)]
+    tokens = tokenize(names, ["a {}."], open_clip.SimpleTokenizer())
+
+    def kept(chunk: int | None) -> int:
+        own = {value.untyped_storage().data_ptr() for value in model.state_dict().values()}
+        found: dict[int, int] = {}
+
+        def note(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in own:
+                found[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            text_features(model, tokens, chunk)
+        return sum(found.values())
+
+    assert kept(4) < 0.1 * kept(None)
