@@ -8,7 +8,7 @@ those of an average too. A difference is taken seed by seed, between runs on the
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from tasks.fewshot.evaluate import harmonic_mean
@@ -33,6 +33,21 @@ class Record:
     split: str
     role: str = "test"
     """`source` and `target` where one data set is trained on and others are tested."""
+
+
+@dataclass
+class Findings:
+    """Everything that a protocol found, as it goes on."""
+
+    records: list[Record] = field(default_factory=list)
+    zero: dict[str, dict[str, float]] = field(default_factory=dict)
+    """Zero-shot figures by data set."""
+    splits: dict[str, str] = field(default_factory=dict)
+    """Whose division into training and test images, by data set."""
+    failed: dict[str, str] = field(default_factory=dict)
+    """Why a cell has no figures."""
+    notes: list[str] = field(default_factory=list)
+    """What else belongs below the table."""
 
 
 @dataclass(frozen=True)

@@ -2,12 +2,14 @@
 
 A trial is as long as the run. Test images are never looked at, and in base-to-new the new classes
 are not either: the protocol is played on the base classes alone, whose first half is trained and
-whose both halves are validated, and the rate with the best harmonic mean is taken. Elsewhere it is
-the rate with the best accuracy. Of equal rates the smaller is taken; one that diverges is out. The
-choice is made once for a method on a data set, at the largest number of shots.
+whose both halves are validated, and the harmonic mean decides. Elsewhere the accuracy does. Few
+images are noisy: of the rates within a point of the best the smallest is taken, which leaves the
+backbone as it is where nothing speaks against it. One that diverges is out. The choice is made once
+for a method on a data set, at the largest number of shots.
 """
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,6 +26,7 @@ from visionlora.errors import DivergedError
 from visionlora.io.atomic import write_text_atomically
 from visionlora.training import RunDirectory
 
+TOLERANCE = 1.0
 LEAST_CLASSES = 4
 """Fewer base classes are not halved again; their accuracy decides."""
 
@@ -80,8 +83,11 @@ def choose_rate(
     cell: Cell,
     directory: RunDirectory,
     progress: Progress,
-) -> float:
-    """Return the rate of a method on a data set, and leave what was tried in rate.json."""
+) -> tuple[float, str]:
+    """Return the rate of a method on a data set, and what to say of it.
+
+    What was tried is left in rate.json.
+    """
     wanted = trials(config, cell.dataset, cell.method)
     found: dict[float, list[float | None]] = {}
     diverged: dict[float, str] = {}
@@ -99,7 +105,7 @@ def choose_rate(
     }
     if not means:
         raise DivergedError(f"no learning rate trains: {next(iter(diverged.values()))}")
-    best = max(means, key=lambda lr: (means[lr], -lr))
+    best = gentlest(means)
     if directory.main:
         content = {
             "lr": best,
@@ -109,7 +115,17 @@ def choose_rate(
         }
         file = directory.path / wanted[0].path / ".." / "rate.json"
         write_text_atomically(file.resolve(), json.dumps(content, indent=2) + "\n")
-    return best
+    note = ""
+    if best in (min(found), max(found)):
+        where = f"{cell.method} on {cell.dataset}"
+        note = f"The best rate of {where}, {best:g}, is at the edge of those tried."
+    return best, note
+
+
+def gentlest(means: Mapping[float, float]) -> float:
+    """Return the smallest rate whose validation figure is within a point of the best."""
+    top = max(means.values())
+    return min(lr for lr, value in means.items() if value >= top - TOLERANCE)
 
 
 def _try(

@@ -8,7 +8,7 @@ a cell that fails later (a divergence) is named at the end, and the others go on
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cache
 from math import nan
 from typing import Any
@@ -18,7 +18,7 @@ from tasks.fewshot.datasets import Dataset, load_dataset
 from tasks.fewshot.evaluate import threads
 from tasks.fewshot.experiment import Experiment, prepare
 from tasks.fewshot.protocol.config import EXTENSIBLE, Cell, ProtocolConfig
-from tasks.fewshot.protocol.figures import Record, headline, measured
+from tasks.fewshot.protocol.figures import Findings, Record, headline, measured
 from tasks.fewshot.protocol.progress import Progress
 from tasks.fewshot.protocol.rates import (
     check_validation,
@@ -36,19 +36,6 @@ from visionlora.training import RunDirectory
 
 
 @dataclass
-class Table:
-    """What a protocol found."""
-
-    records: list[Record] = field(default_factory=list)
-    zero: dict[str, dict[str, float]] = field(default_factory=dict)
-    """Zero-shot figures by data set."""
-    splits: dict[str, str] = field(default_factory=dict)
-    """Whose division into training and test images, by data set."""
-    failed: dict[str, str] = field(default_factory=dict)
-    """Why a cell has no figures."""
-
-
-@dataclass
 class Bench:
     """What is shared while a protocol runs."""
 
@@ -57,7 +44,7 @@ class Bench:
     datasets: dict[str, Dataset]
     directory: RunDirectory
     progress: Progress
-    table: Table
+    found: Findings
 
 
 def run(config: ProtocolConfig) -> dict[str, Any]:
@@ -78,22 +65,20 @@ def _run(config: ProtocolConfig) -> dict[str, Any]:
     check(config, backbone, datasets)
     directory = RunDirectory(config.folder, resume=True)
     directory.write_config(config, volatile=EXTENSIBLE)
-    table = Table(splits={name: dataset.split for name, dataset in datasets.items()})
+    found = Findings(splits={name: dataset.split for name, dataset in datasets.items()})
     bench = Bench(
-        config, backbone, datasets, directory, _progress(config, datasets, directory), table
+        config, backbone, datasets, directory, _progress(config, datasets, directory), found
     )
-    if backbone.random_weights and directory.main:
-        print_note("random weights: accuracies mean nothing, only timings do")
+    if backbone.random_weights:
+        found.notes.append("Random weights: accuracies mean nothing, only timings do.")
     for name in dict.fromkeys(cell.dataset for cell in config.cells()):
         _train_all(bench, name)
     result: dict[str, Any] = {}
     if directory.main:
-        result = write_table(
-            config, table.records, table.zero, table.splits, table.failed, directory
-        )
-    if table.failed:
-        first, reason = next(iter(table.failed.items()))
-        raise VisionLoraError(f"{len(table.failed)} cells failed; {first}: {reason}")
+        result = write_table(config, found, directory)
+    if found.failed:
+        first, reason = next(iter(found.failed.items()))
+        raise VisionLoraError(f"{len(found.failed)} cells failed; {first}: {reason}")
     return result
 
 
@@ -164,9 +149,10 @@ def _train_all(bench: Bench, name: str) -> None:
             changes: dict[str, Any] = {}
             if trials(config, name, cell.method):
                 if cell.method not in rates:
-                    rates[cell.method] = choose_rate(
+                    rates[cell.method], note = choose_rate(
                         config, validation(), cell, bench.directory, bench.progress
                     )
+                    bench.found.notes += [note] if note else []
                 changes["lr"] = rates[cell.method]
             settings = config.cell(cell.method, name, cell.shots, **changes)
             settings = settings.resolved(dataset.templates)
@@ -175,7 +161,7 @@ def _train_all(bench: Bench, name: str) -> None:
             _train_cell(bench, experiment, cell, zero)
             done.append(cell)
         except DivergedError as error:
-            bench.table.failed[str(cell)] = str(error)
+            bench.found.failed[str(cell)] = str(error)
             for seed in config.seed:
                 bench.progress.drop((f"{cell}, seed {seed}", cell.method))
             print_note(f"{cell}: {error}")
@@ -203,7 +189,7 @@ def _train_cell(
     zeros = {key.removeprefix("zero_shot_"): before[key] for key in before if "zero_shot_" in key}
     if "zero_shot" in before:
         zeros["accuracy"] = before["zero_shot"]
-    bench.table.zero[cell.dataset] = measured(zeros)
+    bench.found.zero[cell.dataset] = measured(zeros)
     for item in seeds:
         record = Record(
             cell.dataset,
@@ -217,28 +203,28 @@ def _train_cell(
             experiment.dataset.split,
             "source" if bench.config.transfers else "test",
         )
-        bench.table.records.append(record)
-        _add_baselines(bench.table, record, item.get("baselines", {}))
+        bench.found.records.append(record)
+        _add_baselines(bench.found, record, item.get("baselines", {}))
 
 
-def _add_baselines(table: Table, run: Record, found: dict[str, dict[str, float]]) -> None:
+def _add_baselines(found: Findings, run: Record, baselines: dict[str, dict[str, float]]) -> None:
     """Add what was measured on frozen features, which is the same beside every method."""
-    there = {(item.dataset, item.method, item.shots, item.seed) for item in table.records}
-    for name, figures in found.items():
+    there = {(item.dataset, item.method, item.shots, item.seed) for item in found.records}
+    for name, figures in baselines.items():
         if (run.dataset, name, run.shots, run.seed) not in there and run.role == "test":
-            table.records.append(
+            found.records.append(
                 replace(run, method=name, figures=measured(figures), lr=nan, steps=0, parameters=0)
             )
 
 
 def _transfer(bench: Bench, source: Experiment, cells: list[Cell]) -> None:
     """Test all adapters of the source on every target, one target after the other."""
-    trained = {(item.method, item.shots, item.seed): item for item in bench.table.records}
+    trained = {(item.method, item.shots, item.seed): item for item in bench.found.records}
     for name in bench.config.datasets:
         target = as_target(bench.config, source, bench.datasets[name])
-        bench.table.zero[name] = measured(zero_shot(target, bench.directory))
+        bench.found.zero[name] = measured(zero_shot(target, bench.directory))
         for cell, seed, figures in tested(target, cells, bench.directory):
-            bench.table.records.append(
+            bench.found.records.append(
                 replace(
                     trained[cell.method, cell.shots, seed],
                     dataset=name,

@@ -11,8 +11,7 @@ from rich.text import Text
 from tasks.fewshot.protocol.config import ProtocolConfig
 from tasks.fewshot.protocol.figures import (
     AVERAGE,
-    Line,
-    Record,
+    Findings,
     average,
     averages,
     lines,
@@ -26,21 +25,17 @@ from visionlora.training import RunDirectory
 
 
 def write_table(
-    config: ProtocolConfig,
-    records: Sequence[Record],
-    zero: dict[str, dict[str, float]],
-    splits: dict[str, str],
-    failed: dict[str, str],
-    directory: RunDirectory,
+    config: ProtocolConfig, findings: Findings, directory: RunDirectory
 ) -> dict[str, Any]:
     """Write all files, print the table that sums up, and return result.json's content."""
+    records, zero, splits = findings.records, findings.zero, findings.splits
     reference = reference_of(config.method)
     found = lines(records, reference)
     tested = [name for name in zero if name != config.training]
     if len(tested) > 1:
         zero = {**zero, AVERAGE: average([zero[name] for name in tested])}
     tables = grids(config, found, zero, splits, reference)
-    notes = _notes(config, splits, failed, reference)
+    notes = _notes(config, findings, reference)
     folder = directory.path
     write_text_atomically(folder / "runs.csv", runs_csv(records))
     write_text_atomically(folder / "summary.csv", summary_csv(found, zero, reference))
@@ -50,36 +45,26 @@ def write_table(
     if found:
         title = f"{config.name}, {config.backbone}"
         save_plot([*records, *averages(records)], found, zero, title, folder / "plot.png")
-    result = directory.write_result(_result(config, found, zero, splits, failed, reference))
+    result = directory.write_result(
+        {
+            "task": "fewshot-protocol",
+            "protocol": config.name,
+            "backbone": config.backbone,
+            "seeds": config.seed,
+            "compared_with": reference,
+            "splits": splits,
+            "zero_shot": zero,
+            "lines": found,
+            "failed": findings.failed,
+            "notes": findings.notes,
+        }
+    )
     if tables:
         _print(tables[-1], [*notes, f"table: {folder / 'table.md'}, plot: {folder / 'plot.png'}"])
     return result
 
 
-def _result(
-    config: ProtocolConfig,
-    found: Sequence[Line],
-    zero: dict[str, dict[str, float]],
-    splits: dict[str, str],
-    failed: dict[str, str],
-    reference: str,
-) -> dict[str, Any]:
-    return {
-        "task": "fewshot-protocol",
-        "protocol": config.name,
-        "backbone": config.backbone,
-        "seeds": config.seed,
-        "compared_with": reference,
-        "splits": splits,
-        "zero_shot": zero,
-        "lines": found,
-        "failed": failed,
-    }
-
-
-def _notes(
-    config: ProtocolConfig, splits: dict[str, str], failed: dict[str, str], reference: str
-) -> list[str]:
+def _notes(config: ProtocolConfig, findings: Findings, reference: str) -> list[str]:
     seeds = ", ".join(map(str, config.seed))
     several = len(config.seed) > 1
     notes = [f"Mean ± standard deviation over seeds {seeds}." if several else f"One seed: {seeds}."]
@@ -90,14 +75,14 @@ def _notes(
         )
     if len(config.lr or ()) > 1:
         rates = ", ".join(f"{lr:g}" for lr in config.lr or ())
-        where = "validation images of the base classes" if config.name == "base-to-new" else ""
-        notes.append(
-            f"Learning rate of each method chosen among {rates} on {where or 'validation images'}."
-        )
-    if own := [name for name, split in splits.items() if split == "own"]:
+        images = "validation images"
+        if config.name == "base-to-new":
+            images += " of the base classes"
+        notes.append(f"Learning rate of each method chosen among {rates} on {images}.")
+    if own := [name for name, split in findings.splits.items() if split == "own"]:
         notes.append(f"Own split, not comparable with published figures: {', '.join(own)}.")
-    notes += [f"Failed: {cell}: {reason}" for cell, reason in failed.items()]
-    return notes
+    notes += findings.notes
+    return notes + [f"Failed: {cell}: {reason}" for cell, reason in findings.failed.items()]
 
 
 def _print(grid: Grid, notes: Sequence[str]) -> None:

@@ -1,10 +1,16 @@
 """What a protocol runs follows from its name, and what makes no sense is refused at once."""
 
+from pathlib import Path
+
 import pytest
 
-from tasks.fewshot.coop.table import ELEVEN, SHIFTED, TRANSFER
+from tasks.fewshot.coop.table import ELEVEN, PUBLIC_SETS, SHIFTED, TRANSFER
 from tasks.fewshot.protocol.config import ProtocolConfig, path_name
 from visionlora.errors import ConfigError
+from visionlora.training.cli import parse
+
+ROOT = Path(__file__).parents[3]
+FILES = sorted((ROOT / "configs" / "fewshot" / "protocols").glob("*.yaml"))
 
 
 def protocol(name: str, **options) -> ProtocolConfig:
@@ -76,3 +82,23 @@ def test_what_makes_no_sense_is_refused(name, options, message):
     with pytest.raises(ConfigError, match=message) as caught:
         protocol(name, **options)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_shipped_protocols_are_valid_and_say_how_to_run_them(file):
+    config = parse(ProtocolConfig, ["--config", str(file)])
+    assert config.cells()
+    first = file.read_text().splitlines()[0]
+    path = file.relative_to(ROOT).as_posix()
+    assert first.startswith(f"# python scripts/fewshot.py protocol --config {path}")
+
+
+def test_the_documented_data_sets_are_those_of_the_table():
+    lines = (ROOT / "docs" / "fewshot.md").read_text().splitlines()
+    for name, source in PUBLIC_SETS.items():
+        folder = str(source.layouts[0].pictures(Path()))
+        (line,) = [line for line in lines if line.startswith(f"| `{name}` |")]
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        assert cells[1] == f"`{folder}`"
+        assert cells[3] == source.template
+        assert not source.split_name or cells[2] == f"`{source.split_file}`"

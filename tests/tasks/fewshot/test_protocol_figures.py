@@ -19,6 +19,7 @@ from tasks.fewshot.protocol.figures import (
 )
 from tasks.fewshot.protocol.plot import save_plot
 from tasks.fewshot.protocol.progress import Progress, duration
+from tasks.fewshot.protocol.rates import gentlest
 from tasks.fewshot.protocol.tables import grids, runs_csv, summary_csv
 
 BASE = {"lora": (80.0, 90.0), "glad": (82.0, 88.0)}
@@ -159,3 +160,15 @@ def test_the_estimate_weighs_methods_by_what_they_cost():
     progress.drop(("d", "glad"))
     assert progress.left() == pytest.approx(10.0)
     assert [duration(value) for value in (40, 600, 9000)] == ["40 s", "10 min", "2.5 h"]
+
+
+@pytest.mark.parametrize(
+    ("means", "expected"),
+    [
+        ({0.1: 70.0, 0.2: 80.0, 0.4: 80.5, 0.8: 60.0}, 0.2),
+        ({0.1: 70.0, 0.2: 80.0, 0.4: 90.0}, 0.4),
+        ({0.1: 99.9, 0.4: 100.0}, 0.1),
+    ],
+)
+def test_of_rates_that_cannot_be_told_apart_the_smallest_is_taken(means, expected):
+    assert gentlest(means) == expected

@@ -122,7 +122,7 @@ def test_base_to_new_chooses_rates_without_new_classes(tmp_path):
         found = json.loads((folder / "rate.json").read_text())
         values = {float(lr): figures[0] for lr, figures in found["validation"].items()}
         assert found["figure"] == "harmonic_mean"
-        assert values[found["lr"]] == max(values.values())
+        assert found["lr"] == min(lr for lr in values if values[lr] >= max(values.values()) - 1)
         (table,) = {file.read_text().splitlines()[0] for file in folder.rglob("confusion.csv")}
         assert table == "true,zero,one,two,three,four"
         (line,) = [line for line in result["lines"] if line["method"] == method]
