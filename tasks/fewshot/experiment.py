@@ -62,10 +62,10 @@ class Experiment:
         """Put a fresh adapter into the backbone, and a fresh head onto one without text."""
         clip, config = self.backbone.clip, self.config
         method = config.recipe.method
-        kinds = get_method(method).config.kinds
-        targets, exclude = adapter_targets(clip, config.encoder, config.params or (), kinds)
-        if config.targets is not None:
-            targets, exclude = config.targets, []
+        targets, exclude = config.targets, []
+        if targets is None:
+            kinds = get_method(method).config.kinds
+            targets, exclude = adapter_targets(clip, config.encoder, config.params or (), kinds)
         if isinstance(clip, VisionModel):
             assert config.head is not None
             clip.set_head(config.head, len(self.dataset.classes))
