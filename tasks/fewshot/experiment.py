@@ -62,7 +62,8 @@ class Experiment:
         """Put a fresh adapter into the backbone, and a fresh head onto one without text."""
         clip, config = self.backbone.clip, self.config
         method = config.recipe.method
-        targets, exclude = config.targets, []
+        exclude: list[str] = []
+        targets = config.targets
         if targets is None:
             kinds = get_method(method).config.kinds
             targets, exclude = adapter_targets(clip, config.encoder, config.params or (), kinds)
