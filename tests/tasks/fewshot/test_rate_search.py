@@ -15,6 +15,7 @@ from tasks.fewshot.config import AUTO, FewshotConfig
 from tasks.fewshot.evaluate import TestImages
 from tasks.fewshot.experiment import prepare
 from tasks.fewshot.rate_search import HELD_OUT, OWN, grid, search, validation_split
+from tasks.fewshot.rate_trial import Rungs
 from visionlora.errors import ConfigError, DataError, DivergedError
 from visionlora.training import RunDirectory
 from visionlora.training.cli import parse
@@ -145,7 +146,7 @@ def test_scoring_in_the_middle_changes_nothing_of_the_training(method, tmp_path)
     shots, clip = experiment.shots(1), experiment.backbone.clip
     images = TestImages(experiment.dataset.train[:20], experiment.backbone.transform)
     adapters = []
-    for dynamics in ([], [rate_search._Rungs(experiment, images, Never())]):
+    for dynamics in ([], [Rungs(experiment, images, Never())]):
         experiment.inject(1)
         adapt(experiment, 1, shots, RunDirectory(tmp_path / str(len(dynamics))), dynamics=dynamics)
         adapters.append(
