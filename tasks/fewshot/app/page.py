@@ -29,10 +29,12 @@ COLUMNS = ["picture", "class", "second", "third"]
 SUFFIXES = sorted(IMAGE_SUFFIXES)
 
 CSS = """
-.gradio-container { max-width: 1360px !important; margin: auto; }
+.gradio-container { max-width: 1400px !important; margin: auto; }
+main.fillable { max-width: 1400px !important; padding: 16px 24px !important; }
 .upload-row { align-items: stretch; }
 .pictures .grid-container {
     grid-template-columns: repeat(auto-fill, 52px) !important; gap: 4px; padding: 4px 64px 4px 4px;
+    grid-template-rows: none !important; grid-auto-rows: 52px !important;
 }
 .pictures .gallery-item, .pictures .thumbnail-item {
     width: 52px; height: 52px !important; border-radius: 6px;
@@ -45,7 +47,8 @@ CSS = """
 }
 #summary { padding: 12px 16px; }
 #summary h3 { margin: 0 0 4px; font-size: 20px; }
-#confusion img { max-height: 400px; }
+#confusion img { max-height: 380px; }
+#table table { font-size: 13px; }
 """
 FONT = ["system-ui", "sans-serif"]
 MONO = ["ui-monospace", "monospace"]
@@ -135,8 +138,11 @@ class Handlers:
 
     def cancel(self, request: gr.Request) -> str:
         """End the adaptation of this tab after the step it is at."""
-        self._session(request).cancel.set()
-        return "Cancelled. Nothing was changed."
+        session = self._session(request)
+        session.cancel.set()
+        if session.adapted is None:
+            return "Cancelled."
+        return "Cancelled. This is the adapter from before:\n\n" + wording.summary(session.adapted)
 
     def close(self, request: gr.Request) -> None:
         """Clean up after a tab."""
@@ -191,6 +197,9 @@ def build(engine: Engine, sessions: Sessions) -> gr.Blocks:
                 with gr.Row():
                     start = gr.Button("Adapt", variant="primary", elem_id="adapt", scale=3)
                     stop = gr.Button("Cancel", variant="stop", elem_id="cancel", scale=1)
+                gr.Markdown("### 3. New pictures")
+                new = _gallery("new")
+                classify = gr.Button("Classify", variant="primary", elem_id="classify")
             with gr.Column(scale=5):
                 gr.Markdown("### 2. Result")
                 summary = gr.Markdown(
@@ -207,10 +216,11 @@ def build(engine: Engine, sessions: Sessions) -> gr.Blocks:
                 download = gr.DownloadButton(
                     "Download the adapter", interactive=False, elem_id="download"
                 )
-                _predictions(handlers, alone | private)
+                predictions = _predictions()
         running = start.click(
             adapt, [archive, *settings, *rows], [summary, confusion, download], **alone, **private
         )
+        classify.click(handlers.predict, new, predictions, **alone, **private)
         stop.click(handlers.cancel, None, summary, cancels=[running], queue=False, **private)
         page.unload(handlers.close)
     return page
@@ -318,11 +328,8 @@ def _settings() -> list[Any]:
     return [method, shots, steps, lr, template, measure]
 
 
-def _predictions(handlers: Handlers, event: dict[str, Any]) -> None:
-    """Lay out the part that classifies new pictures."""
-    gr.Markdown("### 3. New pictures")
-    new = _gallery("new")
-    go = gr.Button("Classify", variant="primary", elem_id="classify")
+def _predictions() -> list[Any]:
+    """Lay out what is found in new pictures."""
     said = gr.Markdown(elem_id="said")
     pictures = gr.Gallery(
         show_label=False,
@@ -338,8 +345,7 @@ def _predictions(handlers: Handlers, event: dict[str, Any]) -> None:
     table = gr.Dataframe(
         headers=COLUMNS, interactive=False, visible=False, wrap=True, elem_id="table"
     )
-    classify: Callable[..., Any] = handlers.predict
-    go.click(classify, new, [said, pictures, table], **event)
+    return [said, pictures, table]
 
 
 def _number(text: str | None, kind: Callable[[str], Any], complaint: str) -> Any:

@@ -1,8 +1,8 @@
 """Pictures per class, from uploaded files or a zip of class folders; nothing is trusted.
 
-A zip file is never unpacked by its own names: every picture gets a numbered folder, and of its name
-only letters, digits, dots and dashes are kept, so that no name can lead elsewhere. Sizes are limited
-before anything is written.
+A zip file is never unpacked by its own names: every picture gets a numbered folder, and of its
+name only letters, digits, dots and dashes are kept, so that no name can lead elsewhere. Sizes are
+limited before anything is written.
 """
 
 import hashlib
