@@ -17,6 +17,8 @@ from visionlora.errors import ConfigError, DataError, nearest
 
 DEFAULT_TEMPLATE = "a photo of a {}."
 DIGIT_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+VALIDATION_IMAGES = 50
+"""Of a class, where training images are held out for validation."""
 DIGIT_TRAIN_POOL = 898
 """The first 898 digits are the training pool, the last 899 the test set: other writers."""
 
@@ -103,7 +105,8 @@ def digits() -> Dataset:
 def for_validation(dataset: Dataset) -> Dataset:
     """Return `dataset` with validation images in the place of the test images.
 
-    A data set without any gives the last third of each class's training images, in their order.
+    A data set without any gives the last third of each class's training images, in their order; of
+    a third that is large only so many are tested as ImageNet has.
     """
     if dataset.val:
         return replace(dataset, test=dataset.val, val=[])
@@ -117,7 +120,7 @@ def for_validation(dataset: Dataset) -> Dataset:
             )
         kept = len(group) - max(1, len(group) // 3)
         train += group[:kept]
-        test += group[kept:]
+        test += group[kept:][:VALIDATION_IMAGES]
     return replace(dataset, train=train, test=test)
 
 

@@ -159,6 +159,19 @@ def test_mistakes_in_the_file_are_one_line(tmp_path, content, message):
         parse(Toy, ["--config", str(tmp_path / "nowhere.yaml")])
 
 
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["data"], "missing option --data"),
+        (["data", "out_dir"], "missing option --data and --out-dir"),
+    ],
+)
+def test_options_without_a_default_are_asked_for(names, message):
+    config = dataclasses.make_dataclass("Config", [(name, str) for name in names])
+    with pytest.raises(ConfigError, match=f"^{message}$"):
+        parse(config, [])
+
+
 def test_exit_codes(capsys):
     def code(run):
         with pytest.raises(SystemExit) as stop:

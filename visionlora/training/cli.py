@@ -216,6 +216,9 @@ def _parents(options: dict[str, Any]) -> set[str]:
 
 def _explained(message: str, options: dict[str, Any]) -> ConfigError:
     """Turn an error of jsonargparse into one line in terms of the options."""
+    if missing := re.search(r"arguments are required: (.+)", message):
+        names = [f"--{name.strip().replace('_', '-')}" for name in missing[1].split(",")]
+        return ConfigError(f"missing option {' and '.join(names)}")
     found = re.search(r'[Kk]ey "([^"]+)".*(?:Got|Given) value: (.*?)\s*$', message, flags=re.DOTALL)
     if found is None or found[1] not in options:
         return ConfigError(" ".join(message.split()))

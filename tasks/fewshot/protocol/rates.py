@@ -91,9 +91,13 @@ def choose_rate(
     wanted = trials(config, cell.dataset, cell.method)
     found: dict[float, list[float | None]] = {}
     diverged: dict[float, str] = {}
+    seconds = 0.0
     for trial in wanted:
         try:
-            value = None if trial.lr in diverged else _try(config, experiment, trial, directory)
+            value, spent = None, 0.0
+            if trial.lr not in diverged:
+                value, spent = _try(config, experiment, trial, directory)
+            seconds += spent
         except DivergedError as error:
             value, diverged[trial.lr] = None, str(error)
         found.setdefault(trial.lr, []).append(value)
@@ -111,6 +115,7 @@ def choose_rate(
             "lr": best,
             "seeds": config.rate_seed or config.seed,
             "figure": _figure(experiment),
+            "seconds": round(seconds, 1),
             "validation": {f"{lr:g}": found[lr] for lr in found},
         }
         file = directory.path / wanted[0].path / ".." / "rate.json"
@@ -130,14 +135,16 @@ def gentlest(means: Mapping[float, float]) -> float:
 
 def _try(
     config: ProtocolConfig, experiment: Experiment, trial: Trial, directory: RunDirectory
-) -> float:
+) -> tuple[float, float]:
+    """Return the validation figure of a trial, and the seconds it took."""
     shared = experiment.config
     settings = replace(shared, method=trial.method, lr=trial.lr, adapter={}, init_batches=None)
     settings = settings.resolved(tuple(shared.template or ()))
     folder = directory.child(trial.path)
     folder.write_config(settings, volatile=MAY_CHANGE)
     one = replace(experiment, config=settings)
-    return float(run_seed(one, trial.seed, folder.child(f"seed_{trial.seed}"), None)[_figure(one)])
+    result = run_seed(one, trial.seed, folder.child(f"seed_{trial.seed}"), None)
+    return float(result[_figure(one)]), float(result["wall_seconds"])
 
 
 def _figure(experiment: Experiment) -> str:

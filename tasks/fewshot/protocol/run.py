@@ -7,7 +7,7 @@ a cell that fails later (a divergence) is named at the end, and the others go on
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 from math import nan
@@ -30,6 +30,7 @@ from tasks.fewshot.protocol.transfer import as_target, tested, zero_shot
 from tasks.fewshot.protocol.write import write_table
 from tasks.fewshot.rate_search import with_searched_rate
 from tasks.fewshot.report import COLUMNS, print_note
+from tasks.fewshot.sampling import short_classes
 from tasks.fewshot.train import MAY_CHANGE, finish, run_seed
 from visionlora.errors import ConfigError, DataError, DivergedError, VisionLoraError
 from visionlora.training import RunDirectory
@@ -69,6 +70,9 @@ def _run(config: ProtocolConfig) -> dict[str, Any]:
     bench = Bench(
         config, backbone, datasets, directory, _progress(config, datasets, directory), found
     )
+    for note in _short(config, datasets) if directory.main else ():
+        print_note(note)
+        found.notes.append(note)
     if backbone.random_weights:
         found.notes.append("Random weights: accuracies mean nothing, only timings do.")
     for name in dict.fromkeys(cell.dataset for cell in config.cells()):
@@ -121,6 +125,20 @@ def check(config: ProtocolConfig, backbone: Backbone, datasets: dict[str, Datase
     if config.transfers:
         for name in config.datasets:
             as_target(config, sources[first.dataset], datasets[name])
+
+
+def _short(config: ProtocolConfig, datasets: dict[str, Dataset]) -> Iterator[str]:
+    """Say which data sets are not what their name promises: own splits, classes that are short."""
+    for name in dict.fromkeys(cell.dataset for cell in config.cells()):
+        dataset, most = datasets[name], max(config.all_shots)
+        if short := short_classes(dataset.train, most):
+            what = "all are used" if config.short_class == "keep" else "some are repeated"
+            yield (
+                f"{len(short)} of {len(dataset.classes)} classes of {name} have fewer than {most} "
+                f"training images: {what}."
+            )
+    if own := [name for name, dataset in datasets.items() if dataset.split == "own"]:
+        yield f"Own split, not comparable with published figures: {', '.join(own)}."
 
 
 def _train_all(bench: Bench, name: str) -> None:
@@ -186,6 +204,9 @@ def _train_cell(
         bench.progress.done((f"{cell}, seed {seed}", cell.method), _said(measured(seeds[-1])))
     if before is None or missing:
         before = finish(experiment, directory, zero(), seeds, 0.0)
+    if left_out := before["skipped_images"]:
+        note = f"{left_out} unreadable images of {cell.dataset} are left out."
+        bench.found.notes += [] if note in bench.found.notes else [note]
     zeros = {key.removeprefix("zero_shot_"): before[key] for key in before if "zero_shot_" in key}
     if "zero_shot" in before:
         zeros["accuracy"] = before["zero_shot"]

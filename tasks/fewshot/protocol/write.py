@@ -19,9 +19,11 @@ from tasks.fewshot.protocol.figures import (
 )
 from tasks.fewshot.protocol.plot import save_plot
 from tasks.fewshot.protocol.tables import Grid, grids, runs_csv, summary_csv
-from tasks.fewshot.report import PLAIN_WIDTH
 from visionlora.io.atomic import write_text_atomically
 from visionlora.training import RunDirectory
+
+PIPE_WIDTH = 400
+"""Outside of a terminal a table of eleven data sets is not folded."""
 
 
 def write_table(
@@ -79,14 +81,12 @@ def _notes(config: ProtocolConfig, findings: Findings, reference: str) -> list[s
         if config.name == "base-to-new":
             images += " of the base classes"
         notes.append(f"Learning rate of each method chosen among {rates} on {images}.")
-    if own := [name for name, split in findings.splits.items() if split == "own"]:
-        notes.append(f"Own split, not comparable with published figures: {', '.join(own)}.")
     notes += findings.notes
     return notes + [f"Failed: {cell}: {reason}" for cell, reason in findings.failed.items()]
 
 
 def _print(grid: Grid, notes: Sequence[str]) -> None:
-    console = Console(width=None if sys.stdout.isatty() else max(PLAIN_WIDTH, 150), highlight=False)
+    console = Console(width=None if sys.stdout.isatty() else PIPE_WIDTH, highlight=False)
     table = Table(title=f"{grid.title}, accuracy in %", title_justify="left")
     for index, column in enumerate(grid.columns):
         table.add_column(column, justify="right" if index else "left")

@@ -165,7 +165,7 @@ def test_transfer_tests_the_source_model_on_other_classes(photographs, tmp_path)
     source = photographs("source", "cat dog fox owl")
     same = f"folder:{shutil.copytree(tmp_path / 'source', tmp_path / 'same')}"
     other = photographs("other", "red blue")
-    options = {"source": source, "dataset": [same, other], "method": ["lora"], "shots": [4]}
+    options = {"source": source, "dataset": [same, other], "method": [GRID], "shots": [4]}
     result = run(tmp_path / "out", "cross-dataset", **options)
     found = {
         (row["dataset"], row["seed"]): float(row["accuracy"]) for row in rows(tmp_path / "out")
