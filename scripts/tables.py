@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 import visionlora as vl
-from benchmarks import composition, outcomes
+from benchmarks import composition, fewshot_speed, outcomes
 from visionlora.config import AdapterConfig
 from visionlora.io.atomic import write_text_atomically
 from visionlora.methods import Delta
@@ -171,6 +171,7 @@ TABLES = {
     "presets": outcomes.fewshot,
     "overhead": outcomes.overhead,
     "memory": outcomes.memory,
+    "fewshot-speed": fewshot_speed.markdown,
 }
 FILES = (
     "README.md",

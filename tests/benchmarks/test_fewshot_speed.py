@@ -8,7 +8,7 @@ import torch
 
 import visionlora as vl
 from benchmarks import fewshot_speed
-from benchmarks.fewshot_speed import Row, Setting, class_names, main, memory, times
+from benchmarks.fewshot_speed import Row, Setting, class_names, main, markdown, memory, times
 from benchmarks.reference_recipe import ReferenceLinear, ReferenceRecipe, adapt_reference
 from tasks.fewshot.backbones import load_backbone
 from tasks.fewshot.classifier import Classifier, adapter_targets
@@ -130,6 +130,7 @@ def test_lines_hold_rows_and_setting(tmp_path, monkeypatch, capsys):
     assert [line["what"] for line in lines] == ["memory", "step", "evaluation"]
     assert all((line["batch"], line["classes"], line["rank"]) == (2, 3, 2) for line in lines)
     assert "300 MB" in capsys.readouterr().out
+    assert "| peak memory of training | 300 MB | 100 MB | 3.00 | 1.43 |" in markdown(file)
 
 
 def test_names_differ_and_impossible_requests_are_refused(tmp_path):
