@@ -75,8 +75,12 @@ def _run(config: ProtocolConfig) -> dict[str, Any]:
         found.notes.append(note)
     if backbone.random_weights:
         found.notes.append("Random weights: accuracies mean nothing, only timings do.")
-    for name in dict.fromkeys(cell.dataset for cell in config.cells()):
-        _train_all(bench, name)
+    try:
+        for name in dict.fromkeys(cell.dataset for cell in config.cells()):
+            _train_all(bench, name)
+    except KeyboardInterrupt:
+        print_note(f"the same command continues the table in {directory.path}")
+        raise
     result: dict[str, Any] = {}
     if directory.main:
         result = write_table(config, found, directory)

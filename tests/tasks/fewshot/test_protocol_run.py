@@ -88,7 +88,9 @@ def test_the_same_command_trains_nothing_again_and_cells_can_be_added(few_shot, 
         run(folder, "few-shot", **FEW, limit_steps=4)
 
 
-def test_an_interrupted_table_continues_to_the_same_figures(few_shot, tmp_path, monkeypatch):
+def test_an_interrupted_table_continues_to_the_same_figures(
+    few_shot, tmp_path, monkeypatch, capsys
+):
     calls = []
 
     def stop(self, step):
@@ -102,6 +104,7 @@ def test_an_interrupted_table_continues_to_the_same_figures(few_shot, tmp_path, 
         patch.setattr(Batches, "__call__", stop)
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path / "cut", "few-shot", **FEW)
+    assert "the same command continues" in capsys.readouterr().out
     before = trained(tmp_path / "cut")
     assert len(before) == 3
     assert not (tmp_path / "cut" / "table.md").exists()
@@ -230,6 +233,23 @@ def test_what_cannot_be_used_is_refused_before_anything_trains(tmp_path, photogr
             run(tmp_path / "out", name, **options)
         assert "\n" not in str(caught.value)
         assert not (tmp_path / "out").exists()
+
+
+def test_the_control_of_block_lora_trains_the_same_function(tmp_path):
+    """LoRA of rank r/n, the same scale, n times the rate of B; only B's weight decay differs."""
+    control = "lora(rank=1,alpha=0.7071)+lora+(ratio=2)"
+    shipped = Path(__file__).parents[3] / "configs/fewshot/protocols/digits-base-to-new.yaml"
+    assert f"- {control}" in shipped.read_text()
+    methods = ["block-lora", control, "lora(rank=1)+lora+(ratio=2)"]
+    run(tmp_path, "few-shot", method=methods, shots=[2], lr=[0.02], seed=[1], limit_steps=12)
+    losses = [
+        json.loads((tmp_path / "cells/digits" / method / "2-shot/seed_1/result.json").read_text())[
+            "train_loss"
+        ]
+        for method in methods
+    ]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+    assert abs(losses[2] - losses[0]) > 10 * abs(losses[1] - losses[0])
 
 
 def test_a_cell_that_diverges_is_named_and_the_others_go_on(tmp_path, monkeypatch):
