@@ -108,7 +108,7 @@ class Side:
         self.step, self.evaluate = (self._ours if name == "ours" else self._reference)()
 
     def _ours(self) -> tuple[Callable[[], Any], Callable[[], Any]]:
-        from tasks.fewshot.adapt import _loss
+        from tasks.fewshot.adapt import classification_loss
         from tasks.fewshot.classifier import Classifier, adapter_targets
         from tasks.fewshot.text import tokenize
 
@@ -122,7 +122,7 @@ class Side:
         batch = self.images, self.labels
 
         def step() -> float:
-            return stepper.step([batch], partial(_loss, model)).loss
+            return stepper.step([batch], partial(classification_loss, model)).loss
 
         @torch.no_grad()
         def evaluate() -> Tensor:

@@ -53,7 +53,7 @@ def adapt(
     fitted = fit(
         model,
         optimizer,
-        _loss,
+        classification_loss,
         source,
         settings,
         directory,
@@ -76,10 +76,10 @@ def _initialise(
         tuple(item.to(experiment.device) for item in source(step))
         for step in range(config.init_batches or 0)
     )
-    vl.initialise(model, init, batches if init.needs else None, _loss)
+    vl.initialise(model, init, batches if init.needs else None, classification_loss)
 
 
-def _loss(model: torch.nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+def classification_loss(model: torch.nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
     images, labels = batch
     return F.cross_entropy(model(images).float(), labels)
 
