@@ -27,7 +27,9 @@ from tasks.fewshot.experiment import Experiment, prepare
 from tasks.fewshot.predict import classifying, predict
 from tasks.fewshot.predictions import Prediction
 from tasks.fewshot.train import describe
+from tasks.fewshot.vision_only import PREFIX
 from visionlora.dynamics import Dynamics, StepContext
+from visionlora.errors import ConfigError
 from visionlora.training import RunDirectory
 
 SEED = 1
@@ -82,6 +84,11 @@ class Engine:
     """The frozen backbone of the page and a lock around it."""
 
     def __init__(self, backbone: str = TINY, pretrained: str | None = None, device: str = "auto"):
+        if backbone.startswith(PREFIX):
+            raise ConfigError(
+                f"the page adapts CLIP models, and {backbone} has no text tower; "
+                "use scripts/fewshot.py"
+            )
         self.device = pick_device(device)
         self.backbone = load_backbone(backbone, pretrained)
         self.defaults = FewshotConfig(backbone=backbone, pretrained=pretrained, device=device)

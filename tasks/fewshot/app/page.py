@@ -29,8 +29,7 @@ COLUMNS = ["picture", "class", "second", "third"]
 SUFFIXES = sorted(IMAGE_SUFFIXES)
 
 CSS = """
-.gradio-container { max-width: 1400px !important; margin: auto; }
-main.fillable { max-width: 1400px !important; padding: 16px 24px !important; }
+.gradio-container { max-width: 1400px !important; width: 100%; margin: auto; }
 .upload-row { align-items: stretch; }
 .pictures .grid-container {
     grid-template-columns: repeat(auto-fill, 52px) !important; gap: 4px; padding: 4px 64px 4px 4px;
@@ -48,7 +47,7 @@ main.fillable { max-width: 1400px !important; padding: 16px 24px !important; }
 #summary { padding: 12px 16px; }
 #summary h3 { margin: 0 0 4px; font-size: 20px; }
 #confusion img { max-height: 380px; }
-#table table { font-size: 13px; }
+#table table, #table td, #table th { font-size: 13px; font-family: inherit; }
 """
 FONT = ["system-ui", "sans-serif"]
 MONO = ["ui-monospace", "monospace"]
@@ -185,7 +184,9 @@ def build(engine: Engine, sessions: Sessions) -> gr.Blocks:
     # One at a time uses the model; others wait in the queue, which the page shows.
     alone: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1}
     private: dict[str, Any] = {"api_visibility": "private"}
-    with gr.Blocks(title="visionlora", analytics_enabled=False, delete_cache=(600, 86400)) as page:
+    with gr.Blocks(
+        title="visionlora", analytics_enabled=False, delete_cache=(600, 86400), fill_width=True
+    ) as page:
         gr.Markdown(
             f"## Teach a CLIP model your own classes\nA few pictures per class are enough. "
             f"Everything stays on this computer. Model: {wording.safe(engine.backbone.name)}."

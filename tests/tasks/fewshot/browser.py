@@ -103,9 +103,20 @@ class Browser:
         return [item[ELEMENT] for item in found]
 
     def click(self, css: str) -> None:
-        """Click an element, scrolled into view."""
-        self.run("arguments[0].scrollIntoView({block: 'center'})", self.find(css))
-        self._call("POST", f"/element/{self.find(css)}/click", {})
+        """Click an element, scrolled into view, as soon as nothing moves or lies over it."""
+
+        def clicked() -> bool:
+            element = self.find(css)
+            self.run("arguments[0].scrollIntoView({block: 'center'})", element)
+            try:
+                self._call("POST", f"/element/{element}/click", {})
+            except RuntimeError as error:
+                if "intercepted" in str(error) or "stale" in str(error):
+                    return False
+                raise
+            return True
+
+        wait(clicked, 20, f"{css} cannot be clicked")
 
     def type(self, css: str, text: str) -> None:
         """Type into a field, instead of what was there."""

@@ -176,6 +176,11 @@ def test_unusable_settings_are_refused_in_one_line(engine, tmp_path, settings, m
     assert "\n" not in str(caught.value)
 
 
+def test_a_backbone_without_a_text_tower_is_refused():
+    with pytest.raises(ConfigError, match="no text tower"):
+        Engine("timm:resnet18")
+
+
 def division(counts: list[int], shots: int, measure: str):
     tree = {f"c{i}": [Path(f"{i}/{n}") for n in range(count)] for i, count in enumerate(counts)}
     return plan(tree, shots, measure)
