@@ -116,7 +116,7 @@ def load_backbone(
         name,
         pretrained,
         clip,
-        open_clip.get_tokenizer(config_name),
+        _tokenizer(open_clip, config_name),
         transform,
         random_weights=checkpoint is None,
     )
@@ -133,6 +133,17 @@ def _tiny(pretrained: str | None) -> Backbone:
     clip.eval().requires_grad_(False)
     half = (0.5, 0.5, 0.5)
     return Backbone(TINY, "embedded", clip, tokenizer, Transform(16, half, half, oversample=2))
+
+
+def _tokenizer(open_clip: Any, name: str) -> Callable[[list[str]], Tensor]:
+    try:
+        tokenizer: Callable[[list[str]], Tensor] = open_clip.get_tokenizer(name)
+    except Exception as error:  # SigLIP's and Hugging Face's are downloaded
+        raise ConfigError(
+            f"no tokeniser for {name}: it is not in the cache, and the download failed "
+            f"({_short(error)}); run once with network"
+        ) from error
+    return tokenizer
 
 
 def _no_text(prompts: list[str]) -> Tensor:
@@ -191,8 +202,11 @@ def _load_weights(clip: nn.Module, file: Path, name: str) -> None:
         else:
             load_checkpoint(clip, str(file), strict=True, weights_only=True)
     except Exception as error:  # readers of four formats, each with its own exceptions
-        reason = textwrap.shorten(str(error) or repr(error), 160)
-        raise DataError(f"{file} does not hold weights of {name}: {reason}") from error
+        raise DataError(f"{file} does not hold weights of {name}: {_short(error)}") from error
+
+
+def _short(error: BaseException) -> str:
+    return textwrap.shorten(str(error) or repr(error), 160)
 
 
 def _is_torchscript(file: Path) -> bool:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from tasks.fewshot import towers
 from tasks.fewshot.images import Transform
 from tasks.fewshot.text import text_features, text_tower
-from tasks.fewshot.vision_only import VisionModel
+from tasks.fewshot.vision_only import VisionModel, keep_statistics
 from visionlora.errors import ConfigError
 from visionlora.targets import WEIGHTS
 
@@ -44,6 +44,12 @@ class Classifier(nn.Module):
         self.register_buffer("mean", _channels(transform.mean), persistent=False)
         self.register_buffer("std", _channels(transform.std), persistent=False)
         self.register_buffer("fixed_text", None, persistent=False)
+
+    def train(self, mode: bool = True) -> "Classifier":
+        """Switch dropout and the like; batch norms keep their statistics: a few shots are none."""
+        super().train(mode)
+        keep_statistics(self)
+        return self
 
     @torch.no_grad()
     def cache_text(self) -> None:

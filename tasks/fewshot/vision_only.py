@@ -53,10 +53,15 @@ class VisionModel(nn.Module):
     def train(self, mode: bool = True) -> "VisionModel":
         """Switch dropout and the like; batch norms keep their statistics."""
         super().train(mode)
-        for module in self.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                module.eval()
+        keep_statistics(self)
         return self
+
+
+def keep_statistics(model: nn.Module) -> None:
+    """Let the batch norms of a model in training mode use their running statistics."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.eval()
 
 
 @dataclass(frozen=True)
