@@ -31,6 +31,7 @@ from tasks.fewshot.config import AUTO, FewshotConfig, rate_of
 from tasks.fewshot.evaluate import TestImages
 from tasks.fewshot.experiment import Experiment
 from tasks.fewshot.rate_trial import REDUCTION, Trial, tried, with_rate
+from tasks.fewshot.report import print_note
 from tasks.fewshot.sampling import VALIDATION_SHOTS, Item, by_class, few_shot
 from tasks.fewshot.shots import Shots
 from visionlora.errors import ConfigError, DataError, DivergedError, OutputError
@@ -113,6 +114,9 @@ def with_searched_rate(
         except (ValueError, TypeError, KeyError) as error:
             raise OutputError(f"{file} is damaged; remove it to search again") from error
     else:
+        if directory.main:
+            tried, steps = experiment.config.lr_trials, experiment.config.lr_steps
+            print_note(f"searching the learning rate: {tried} trials of up to {steps} steps")
         found = search(experiment, shots or experiment.shots(experiment.config.seed[0]))
         if directory.main:
             write_text_atomically(file, json.dumps(found.to_dict(), indent=2) + "\n")

@@ -115,6 +115,7 @@ def test_a_resumed_run_does_not_search_again(tmp_path, monkeypatch, capsys):
     first = train.run(config)
     printed = capsys.readouterr().out
     found = first["lr_search"]
+    assert "searching the learning rate: 4 trials of up to 9 steps" in printed
     assert f"lr {found['lr']:g}, chosen on 20 {HELD_OUT}" in printed
     assert f"4 trials, {found['steps']} steps" in printed
     assert (first["lr"], first["config"]["lr"]) == (found["lr"], AUTO)
