@@ -102,6 +102,12 @@ def set_steps(browser: Browser, steps: str) -> None:
     browser.type(field("template"), "a photo of {}.")
 
 
+def wait_for_progress(browser: Browser, steps: int) -> None:
+    """Wait until the page says how far it is and how long the rest takes."""
+    line = re.compile(rf"step \d+ of {steps}, about [\d.]+ (s|min|h) left")
+    wait(lambda: line.search(browser.run("return document.body.innerText")), 60, "no progress")
+
+
 def refusal(browser: Browser) -> str:
     """Press the button and return the error on the page, which is then closed."""
     browser.click("#adapt")
@@ -117,8 +123,7 @@ def test_people_adapt_see_predict_and_download(server, browser, pictures, tmp_pa
     give(browser, pictures)
     set_steps(browser, "60")
     browser.click("#adapt")
-    progress = re.compile(r"step \d+ of 60, about \d+ s left")
-    wait(lambda: progress.search(browser.run("return document.body.innerText")), 60, "no progress")
+    wait_for_progress(browser, 60)
     wait(lambda: "right" in browser.text("#summary"), 300, "no result")
     summary = browser.text("#summary")
     assert float(re.search(r"([\d.]+) % right", summary)[1]) >= 60
@@ -165,7 +170,7 @@ def test_errors_are_one_line_and_tabs_do_not_mix(server, browser, pictures, tmp_
     assert refusal(browser) == "steps must be a whole number, got 'many'"
     set_steps(browser, "100000")
     browser.click("#adapt")
-    wait(lambda: "step 1 of" in browser.run("return document.body.innerText"), 60, "no progress")
+    wait_for_progress(browser, 100000)
 
     first = browser.tab
     second = browser.new_tab()
