@@ -228,7 +228,7 @@ def markdown(path: Path = RESULTS) -> str:
     first = lines[0]
     rows = [
         f"| {first['backbone']}, {first['batch']} images, {first['classes']} classes, "
-        f"{first['threads']} threads | CLIP-LoRA's recipe | ours | ratio | goal |",
+        f"{first['threads']} thread(s) | CLIP-LoRA's recipe | ours | ratio | goal |",
         "|---|---|---|---|---|",
     ]
     for line in lines:
