@@ -29,6 +29,7 @@ from tasks.fewshot.report import PLAIN_WIDTH, print_note
 from tasks.fewshot.sampling import Item, few_shot
 from tasks.fewshot.shots import Shots, load_shots
 from tasks.fewshot.task_vector import task_vector
+from tasks.fewshot.vision_only import PREFIX
 from visionlora.errors import ConfigError
 from visionlora.generate import (
     Generator,
@@ -89,6 +90,10 @@ class GenerateConfig:
         """Check what the parts of the run do not check themselves."""
         if len(self.tasks) < 2 or len(set(self.tasks)) < len(self.tasks):
             raise ConfigError(f"--tasks needs at least two different tasks, got {self.tasks}")
+        if self.backbone.startswith(PREFIX):
+            raise ConfigError(
+                f"adapters are generated from class names too, and {self.backbone} has no text tower"
+            )
 
 
 @dataclass(frozen=True)

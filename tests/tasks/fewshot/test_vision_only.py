@@ -20,6 +20,7 @@ from tasks.fewshot.classifier import adapter_targets, default_params
 from tasks.fewshot.config import FewshotConfig
 from tasks.fewshot.experiment import prepare
 from tasks.fewshot.frozen import start_head, support
+from tasks.fewshot.generate import GenerateConfig
 from tasks.fewshot.heads import LinearHead
 from tasks.fewshot.shots import Batches
 from tasks.fewshot.vision_only import VisionModel, load_vision
@@ -223,6 +224,11 @@ def test_an_interrupted_run_continues_to_the_same_adapter_and_head(photos, tmp_p
     )
     assert first.keys() == second.keys()
     assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_generated_adapters_need_a_text_tower():
+    with pytest.raises(ConfigError, match="no text tower"):
+        GenerateConfig(backbone=CONV)
 
 
 def test_targets_name_layers_of_the_trunk(photos):
