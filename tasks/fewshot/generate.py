@@ -92,7 +92,7 @@ class GenerateConfig:
             raise ConfigError(f"--tasks needs at least two different tasks, got {self.tasks}")
         if self.backbone.startswith(PREFIX):
             raise ConfigError(
-                f"adapters are generated from class names too, and {self.backbone} has no text tower"
+                f"adapters are generated from class names, and {self.backbone} has no text tower"
             )
 
 
