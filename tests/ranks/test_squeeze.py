@@ -221,6 +221,23 @@ def test_a_budget_is_spent_where_the_change_is_large_and_empty_sites_leave():
     assert type(model.attn) is nn.MultiheadAttention
 
 
+@pytest.mark.parametrize("keep", ["scaling", "alpha"])
+@pytest.mark.parametrize("method", ["lora", "dora", "slora"])
+def test_where_a_start_was_taken_off_the_difference_is_compressed(method, keep):
+    torch.default_generator.manual_seed(0)
+    model = nn.Sequential(nn.Linear(9, 8), nn.Tanh(), nn.Linear(8, 7)).double()
+    vl.inject(model, method, init="pissa", rank=2)
+    with torch.no_grad():
+        for _, delta in deltas(model):
+            delta.B.add_(torch.randn_like(delta.B))
+    x = torch.randn(5, 9, dtype=torch.float64)
+    expected = model(x)
+    report = squeeze(model, rank=2, keep=keep)  # one factor was moved: the difference has rank 2
+    assert report.error < 1e-10
+    assert_close(model(x), expected)
+    assert all(delta.config.offset == 0 for _, delta in deltas(model))
+
+
 def test_a_site_that_trains_more_than_the_pair_keeps_a_rank():
     model = net("dora", rank=3)
     with torch.no_grad():

@@ -13,8 +13,9 @@ Post-Squeeze is `squeeze` after training. Cont-Squeeze is to train 5 to 10 % lon
 the old optimiser handed to `squeeze` or a new one. In-Squeeze is the method `squeeze-lora`.
 
 Methods with a trained pair (LoRA, DoRA, ...) or one per expert (MoE-LoRA) keep their kind and
-whatever else they train; error and energy are then those of the pairs. Others with a factor form
-become plain LoRA, exactly.
+whatever else they train; error and energy are then those of the pairs. Where a constant pair is
+taken off (`visionlora.methods.parts.pair`), the difference is compressed, and no constant is left.
+Others with a factor form become plain LoRA, exactly.
 """
 
 import dataclasses
@@ -31,6 +32,7 @@ from visionlora.errors import AdapterStateError, ConfigError
 from visionlora.hosts import find_adapter
 from visionlora.methods.base import Delta
 from visionlora.methods.parts.noise import without_noise
+from visionlora.methods.parts.pair import PairConfig, PairDelta
 from visionlora.ranks.allocation import Keep, Request, SqueezeReport, report, resized
 from visionlora.ranks.factors import Triples
 from visionlora.ranks.finalize import plain_config
@@ -171,6 +173,8 @@ def _pair(place: Place) -> _Pair:
     delta = place.delta
     if _carries(place):
         up, down = delta.get_parameter("B").detach(), delta.get_parameter("A").detach()
+        if isinstance(delta, PairDelta):
+            up, down = (item.detach() for item in delta.inner_pair())
         return _Pair(place, delta, True, up, down)
     return _Pair(place, delta, False, *factors_of(place))
 
@@ -201,11 +205,13 @@ def _rebuilt(pair: _Pair, triples: Triples, rank: int, keep: Keep) -> Delta:
     old = pair.old
     config = old.config if pair.carries else plain_config(old, pair.up.shape[1])
     assert isinstance(config, LowRankConfig)
+    if isinstance(config, PairConfig):
+        config = dataclasses.replace(config, offset=0)
     made = pair.place.build(resized(config, rank, keep)).to(pair.up.dtype)
     if pair.carries:
         tensors = {**dict(made.named_parameters()), **dict(made.named_buffers())}
         for key, value in [*old.named_parameters(), *old.named_buffers()]:
-            if key not in ("A", "B"):
+            if key not in ("A", "B", "A0", "B0"):
                 tensors[key].copy_(value)
         for key, parameter in made.named_parameters():
             parameter.requires_grad_(old.get_parameter(key).requires_grad)
