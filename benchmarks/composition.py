@@ -85,7 +85,11 @@ def _cell(name: str, methods: Sequence[str], notes: dict[str, int]) -> str:
         return "yes"
     numbers = ", ".join(map(str, sorted(notes.setdefault(why, len(notes) + 1) for why in whys)))
     allowed = [m for m, why in zip(methods, refusals, strict=True) if not why]
-    return f"no ({numbers})" if not allowed else f"{', '.join(allowed)} only ({numbers})"
+    if not allowed:
+        return f"no ({numbers})"
+    refused = [m for m, why in zip(methods, refusals, strict=True) if why]
+    few = f"all but {', '.join(refused)}" if len(refused) < len(allowed) else ""
+    return f"{few or ', '.join(allowed) + ' only'} ({numbers})"
 
 
 def _refusal(method: str, *names: str) -> str | None:

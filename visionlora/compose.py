@@ -73,8 +73,12 @@ class Recipe:
     def build_dynamics(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, steps: int
     ) -> list[Dynamics]:
-        """Return the dynamics of one run, for `training.fit` or a `Stepper`."""
-        return [item.build(model, optimizer, steps) for item in self.dynamics]
+        """Return the dynamics of one run, for `training.fit` or a `Stepper`.
+
+        Those that freeze a part of the parameters come last, when the others have found theirs.
+        """
+        ordered = sorted(self.dynamics, key=lambda item: item.freezes)
+        return [item.build(model, optimizer, steps) for item in ordered]
 
     @property
     def factors(self) -> list[str]:
@@ -197,7 +201,8 @@ def _read_part(part: str, text: str) -> tuple[str, dict[str, Any]]:
         return name, {}
     try:
         call = ast.parse(f"f({inside})", mode="eval").body
-        assert isinstance(call, ast.Call)
+        if not (isinstance(call, ast.Call) and isinstance(call.func, ast.Name)):
+            raise ValueError
         options = {str(item.arg): _literal(item.value) for item in call.keywords if item.arg}
         if call.args or len(options) != len(call.keywords):  # no name, or one twice
             raise ValueError

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import visionlora as vl
-from tests.composition.runs import mean_loss, network
+from tests.composition.runs import mean_loss, network, train
 from tests.contract.cases import assert_unchanged, snapshot
 from visionlora.errors import ConfigError
 from visionlora.init.random import Gaussian
@@ -156,6 +156,26 @@ def test_the_order_of_factors_does_not_matter(factors):
         assert set(other.dynamics) == set(found[0].dynamics)
 
 
+@pytest.mark.parametrize(
+    "product",
+    ["lora+lisa+lora+", "lora+hft+lora-pro", "dora+lisa+relora", "lora-fa+projected+ggpo"],
+)
+def test_a_run_is_the_same_in_any_order(product, tmp_path):
+    """What freezes a part when it is built does not hide it from the others."""
+    first, second = vl.parse(product).dynamics
+    method = product.partition("+")[0]
+    orders = [f"{method}+{one.name}+{two.name}" for one, two in ((first, second), (second, first))]
+    runs = [train(case, tmp_path / case) for case in orders]
+    assert torch.equal(runs[0].outputs(), runs[1].outputs())
+
+
+@pytest.mark.parametrize("method", ["increlora", "diffora", "squeeze-lora"])
+@pytest.mark.parametrize("mask", ["lisa", "hft"])
+def test_parameters_that_come_and_go_are_not_frozen(method, mask):
+    with pytest.raises(ConfigError, match=f"{mask} cannot train {method}: it replaces, adds or"):
+        vl.parse(f"{method}+{mask}")
+
+
 def test_options_follow_their_name():
     recipe = vl.parse("block-lora(rank=4, blocks=2) + lora-ga(gamma=16) + glad(rho=0.1, every=2)")
     assert (recipe.config().rank, recipe.config().blocks) == (4, 2)
@@ -213,6 +233,8 @@ def test_lora_plus_keeps_its_plus(text, ratio, others):
         ("lora+glad(**{})", "must read key=value"),
         ("lora+glad(rho=0.1, rho=0.2)", "must read key=value"),
         ("lora+glad(rho=print())", "must read key=value"),
+        ("lora+glad(rho=1)+(1)", "must read key=value"),
+        ("lora+glad(rho=1)(every=2)", "must read key=value"),
         ("lora+glad(rho=0.1", r"'glad\(rho=0.1' is not a name with options"),
         ("lora+dora", "has two methods; dora must stand alone or come first"),
         ("lora+block-lora+glad", "has two methods; block-lora"),

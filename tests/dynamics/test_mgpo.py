@@ -21,6 +21,7 @@ from tests.tolerances import assert_close
 from visionlora.dynamics import Dynamics, Stepper
 from visionlora.dynamics.mgpo import MGPOConfig
 from visionlora.errors import ConfigError
+from visionlora.ranks.structure import places_of
 
 
 class Notes(Dynamics):
@@ -190,6 +191,30 @@ class Rebuilds(Dynamics):
     def on_step_end(self, context):
         with torch.no_grad():
             self.tensor.mul_(2.0)
+
+
+class Removes(Dynamics):
+    """A policy that takes a layer out."""
+
+    name = "removes"
+    controls = True
+
+    def on_step_end(self, context):
+        if context.step == 1:
+            model = context.model
+            places_of(model)[0].remove()
+            context.changed = True
+
+
+def test_nothing_is_kept_of_parameters_that_are_gone():
+    """A resumed run, which does not have them, then continues with the same state."""
+    model = tower()
+    run = stepper(model, MGPOConfig(rho=0.5))
+    run.dynamics = (Removes(), *run.dynamics)
+    train(run, model, 2)
+    state = run.state_dict()["dynamics"]["mgpo"]
+    assert 0 < len(state) == len(adapted(model))
+    assert set(state) <= dict(model.named_parameters()).keys()
 
 
 def test_who_edits_parameters_finds_them_in_place_in_a_skipped_step_too():

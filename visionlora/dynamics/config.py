@@ -23,6 +23,8 @@ class DynamicsConfig:
     """Reason for refusing other forms."""
     looks_twice: ClassVar[bool] = False
     """Moves the parameters for a second look at the loss; at most one of a run may."""
+    freezes: ClassVar[bool] = False
+    """Freezes parameters as soon as it is built, so it is built after those that look for them."""
     implies: ClassVar[Mapping[str, Any]] = {}
     """Options of the method that it asks for, where the method has them and the user is silent."""
 

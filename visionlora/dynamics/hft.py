@@ -27,7 +27,7 @@ from torch import nn
 
 from visionlora.config import AdapterConfig, Form
 from visionlora.dynamics.config import DynamicsConfig
-from visionlora.dynamics.masks import MASKED, WHY, Masks, trained_blocks
+from visionlora.dynamics.masks import MASKED, WHY, Masks, refuse_reshaping, trained_blocks
 from visionlora.errors import ConfigError
 from visionlora.registry import register_dynamics, register_preset
 
@@ -42,6 +42,7 @@ class HFTConfig(DynamicsConfig):
     name: ClassVar[str] = "hft"
     forms: ClassVar[frozenset[Form] | None] = MASKED
     why: ClassVar[str] = WHY
+    freezes: ClassVar[bool] = True
 
     reselect_every: int | None = None
     """Applied steps between two draws; None keeps the first one."""
@@ -57,7 +58,8 @@ class HFTConfig(DynamicsConfig):
             )
 
     def check(self, config: AdapterConfig, others: Sequence[DynamicsConfig]) -> None:
-        """Refuse a second dynamics that decides what is frozen."""
+        """Refuse methods that change shape, and a second dynamics that decides what is frozen."""
+        refuse_reshaping(self.name, config)
         if any(other.name == "lisa" for other in others):
             raise ConfigError("hft and lisa both decide what is frozen; choose one")
 

@@ -27,7 +27,7 @@ from torch import nn
 
 from visionlora.config import AdapterConfig, Form
 from visionlora.dynamics.config import DynamicsConfig
-from visionlora.dynamics.masks import MASKED, WHY, Masks, trained_blocks
+from visionlora.dynamics.masks import MASKED, WHY, Masks, refuse_reshaping, trained_blocks
 from visionlora.errors import ConfigError
 from visionlora.registry import register_dynamics, register_preset
 
@@ -39,6 +39,7 @@ class LISAConfig(DynamicsConfig):
     name: ClassVar[str] = "lisa"
     forms: ClassVar[frozenset[Form] | None] = MASKED
     why: ClassVar[str] = WHY
+    freezes: ClassVar[bool] = True
 
     gamma: int = 2
     """Number of blocks that train at a time."""
@@ -57,7 +58,8 @@ class LISAConfig(DynamicsConfig):
                 raise ConfigError(f"lisa: {option} must be at least 1, got {getattr(self, option)}")
 
     def check(self, config: AdapterConfig, others: Sequence[DynamicsConfig]) -> None:
-        """Refuse a second dynamics that decides what is frozen."""
+        """Refuse methods that change shape, and a second dynamics that decides what is frozen."""
+        refuse_reshaping(self.name, config)
         if any(other.name == "hft" for other in others):
             raise ConfigError("lisa and hft both decide what is frozen; choose one")
 

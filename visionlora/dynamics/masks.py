@@ -13,11 +13,12 @@ from typing import Any, get_args
 import torch
 from torch import nn
 
-from visionlora.config import Form
+from visionlora.config import AdapterConfig, Form
 from visionlora.dynamics.base import Dynamics, StepContext
 from visionlora.dynamics.blocks import blocks_of
 from visionlora.dynamics.stepper import shortlist
 from visionlora.errors import ConfigError
+from visionlora.registry import get_method
 from visionlora.sites import named_generator
 
 MASKED: frozenset[Form] = frozenset(get_args(Form)) - {"sparse"}
@@ -114,6 +115,20 @@ class Masks(Dynamics):
         self.applied = state["applied"]
         self.generator.set_state(state["generator"])
         self.apply(state["active"])
+
+
+def refuse_reshaping(who: str, config: AdapterConfig) -> None:
+    """Refuse methods whose parameters come and go while training.
+
+    Raises:
+        ConfigError: with the reason.
+    """
+    controller = get_method(config.method).controller
+    if controller is not None and controller.reshapes:
+        raise ConfigError(
+            f"{who} cannot train {config.method}: it replaces, adds or drops parameters while it "
+            "trains, which those that are frozen would miss"
+        )
 
 
 def trained_blocks(

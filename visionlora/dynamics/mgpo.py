@@ -138,6 +138,9 @@ class MGPO(Dynamics):
         """Keep what was noted, unless the step was skipped."""
         if not context.skipped:
             self.tracks |= self._pending
+        if context.changed:  # a rank policy took parameters out; others may get their names
+            here = dict(self.model.named_parameters())
+            self.tracks = {name: item for name, item in self.tracks.items() if name in here}
 
     def on_step_failed(self, context: StepContext) -> None:
         """Put the tensors back."""

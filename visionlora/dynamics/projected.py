@@ -79,15 +79,16 @@ class Projected(Dynamics):
             scale = place.delta.scale * place.host.state.strengths[place.adapter]
             for name, parameter in place.delta.named_parameters():
                 if parameter.grad is not None and scale:
-                    self._project(parameter.grad, place, name, scale)
+                    # A new tensor: GGPO measures the gradient as it was.
+                    parameter.grad = self._projected(parameter.grad, place, name, scale)
 
-    def _project(self, gradient: Tensor, place: Place, name: str, scale: float) -> None:
-        """Overwrite the gradient of B or R."""
+    def _projected(self, gradient: Tensor, place: Place, name: str, scale: float) -> Tensor:
+        """Return the projected gradient of B or R."""
         frozen = place.delta.frozen()
         result = gradient @ self._inverse(frozen["A"]).to(gradient.dtype)
         if name == "R":
             result = self._inverse(frozen["B"].t()).to(gradient.dtype) @ result
-        torch.mul(result, scale**-2, out=gradient)
+        return result.mul_(scale**-2)
 
     def _inverse(self, factor: Tensor) -> Tensor:
         return gram(factor, self.ridge).inverse

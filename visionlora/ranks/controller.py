@@ -7,6 +7,7 @@ the averaged gradients, and what went through `context.mean`.
 """
 
 from collections.abc import Iterable
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +30,8 @@ class Controller(Dynamics):
     """
 
     controls = True
+    reshapes: ClassVar[bool] = False
+    """Replaces, adds or takes out parameters while it trains."""
 
     def __init__(
         self,

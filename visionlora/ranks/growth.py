@@ -19,6 +19,8 @@ from visionlora.ranks.watch import Watched
 class GrowthController(Controller):
     """Measures the importance of every site and lets the best ones grow."""
 
+    reshapes = True
+
     def begin(self) -> None:
         """Plan the rounds and refuse those that do not fit."""
         config = self.config = _config(self.places[0])

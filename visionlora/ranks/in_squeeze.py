@@ -33,6 +33,8 @@ def halvings(start: int, target: int, steps: int) -> list[tuple[int, int]]:
 class InSqueeze(Controller):
     """Compresses the pairs of one adapter at the steps of the schedule."""
 
+    reshapes = True
+
     def begin(self) -> None:
         """Remember the rank that every site begins with."""
         self.begun = {place.name: self._rank(place) for place in self.places}

@@ -18,6 +18,8 @@ _DECAY, _BETAS = 1e-3, (0.5, 0.999)
 class SearchController(Controller):
     """Alternates factors and logits, then discretises."""
 
+    reshapes = True
+
     def begin(self) -> None:
         """Give the choice an optimiser group of its own."""
         self.config = _config(self.places[0])
