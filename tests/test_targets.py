@@ -224,3 +224,14 @@ def test_a_lone_layer_is_its_own_target():
         "adapters.default.weight.A",
         "adapters.default.weight.B",
     ]
+
+
+def test_adapters_that_are_there_are_no_targets():
+    """Their modules have names too: of sites, such as `out`, and the name that the user gave."""
+    model = nn.ModuleDict({"attn": nn.MultiheadAttention(8, 2), "out": nn.Linear(8, 8)})
+    vl.inject(model, "lora", ["attn[q,out]", "out"], name="mine", rank=2)
+    vl.inject(model, "tied-lora", "out", name="out", rank=2)
+    assert [match.name for match in find_targets(model, "out")] == ["out"]
+    for name in ("mine", "adapters", "visionlora_shared"):
+        with pytest.raises(TargetError, match=f"no module matches target '{name}'"):
+            find_targets(model, name)

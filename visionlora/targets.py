@@ -60,7 +60,7 @@ def find_targets(
         TargetError: a pattern is malformed, matches nothing, or matches only layers that cannot
             carry an adapter; the message names the nearest module names.
     """
-    modules = dict(model.named_modules())
+    modules = _own_modules(model)
     supported = tuple(item for kind in LAYERS if kind in kinds for item in LAYERS[kind])
     if isinstance(model, supported):  # the model is itself a layer; its only name is empty
         modules = {"": model, **modules}
@@ -85,6 +85,18 @@ def find_targets(
             f"no target left: exclude={exclude!r} removes all that {targets!r} matches"
         )
     return [Match(name, modules[name], tuple(chosen[name])) for name in modules if name in chosen]
+
+
+def _own_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the modules of a model by name, without those of adapters that it has."""
+    from visionlora.record import SharedStates, hosts_of  # it uses the hosts, which use this file
+
+    inner = [f"{path}.adapters" if path else "adapters" for path in hosts_of(model)]
+    modules = dict(model.named_modules())
+    inner += [name for name, module in modules.items() if isinstance(module, SharedStates)]
+    below = tuple(f"{name}." for name in inner)
+    kept = modules.keys() - set(inner)
+    return {n: m for n, m in modules.items() if n in kept and not n.startswith(below)}
 
 
 def _excluded(name: str, module: nn.Module, keys: list[str], pattern: str) -> list[str]:
