@@ -392,3 +392,10 @@ def test_after_a_change_of_parameters_the_new_ones_must_be_reached(model, data):
     assert stepper.step([data], mean_square(model)).changed
     with pytest.raises(NeverTrainedError, match="late"):
         stepper.step([data], mean_square(model))
+
+
+def test_tensors_that_the_model_no_longer_has_are_named_as_that(model, data):
+    stray = nn.Parameter(torch.ones(2).double())
+    stepper = Stepper(model, torch.optim.SGD([stray], lr=0.1))
+    with pytest.raises(NeverTrainedError, match="holds 1 tensors that the model does not have"):
+        stepper.step([data], mean_square(model))

@@ -122,3 +122,9 @@ def test_a_file_holds_all_of_it(method, options, tmp_path):
         rank = 2 if method == "block-lora" else 4
         assert set(report.ranks.values()) == {rank}  # nothing was taken off
         assert_close(vl.load(chain((12, 10), (10, 9)), report)(X), model(X))
+
+
+@pytest.mark.parametrize("alpha", [0.0, -1.0])
+def test_a_scale_that_would_turn_the_step_uphill_is_refused(alpha):
+    with pytest.raises(ConfigError, match="lora-one needs a positive alpha"):
+        vl.parse("lora-one").config(alpha=alpha)

@@ -180,3 +180,15 @@ def test_an_embedding_starts_with_rows_of_zero():
         vl.inject(model, "lora", targets="0", rank=2, init=init)
         assert not delta_of(model[0]).A.any()
         assert bool(delta_of(model[0]).B.any())
+
+
+@pytest.mark.parametrize("method", ["lora-xs", "lora", "dora", "slora", "block-lora"])
+def test_the_report_has_the_size_of_the_first_change(method):
+    model = torch.nn.Sequential(torch.nn.Linear(9, 7)).double()
+    weight = model[0].weight.detach().clone()
+    vl.inject(model, method, "0", rank=2)
+    report = vl.initialise(model, "svd" if method == "lora-xs" else "normal", std=0.1)
+    vl.merge(model)
+    expected = float((model[0].weight - weight).norm() / weight.norm())
+    assert report.change["0.weight"] == pytest.approx(expected, rel=1e-9)
+    assert expected > 1e-4

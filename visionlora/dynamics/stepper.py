@@ -212,6 +212,11 @@ class Stepper:
         missed = {id(p) for p in trainable(self.optimizer) if p.grad is None}
         if missed:
             named = dict(self.model.named_parameters())
+            if not missed & {id(p) for p in named.values()}:
+                raise NeverTrainedError(
+                    f"the optimizer holds {len(missed)} tensors that the model does not have: "
+                    "build it after everything that makes new ones, such as initialise or squeeze"
+                )
             names = [name.removeprefix("module.") for name, p in named.items() if id(p) in missed]
             raise NeverTrainedError(
                 f"{len(missed)} trainable tensors received no gradient in the first step: "

@@ -16,9 +16,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from visionlora.config import AdapterConfig
 from visionlora.errors import ConfigError
 from visionlora.init.base import Given, Initialiser, Need, Start
 from visionlora.init.gradient import descent
+from visionlora.init.spectral import positive_scale
 from visionlora.methods.parts.decompose import truncated_svd
 from visionlora.registry import register_initialiser, register_preset
 
@@ -39,6 +41,10 @@ class LoRAOne(Initialiser):
         super().__post_init__()
         if not self.gamma > 0:
             raise ConfigError(f"lora-one: gamma must be positive, got {self.gamma}")
+
+    def check(self, config: AdapterConfig) -> None:
+        """Refuse a scale that would turn the step around."""
+        positive_scale(self.name, config)
 
     def start(self, given: Given) -> Start:
         """Return the leading triples of minus the gradient, their values shared out evenly."""

@@ -13,6 +13,7 @@ from visionlora.errors import ConfigError
 from visionlora.hosts.base import parameter_name, stored, view_of
 from visionlora.init.base import Given, Initialiser, SiteStats, Start
 from visionlora.methods.base import Delta
+from visionlora.methods.parts.pair import PairDelta
 from visionlora.sites import Site, named_generator
 
 
@@ -79,16 +80,15 @@ def with_start(
     if start.taken_off:
         delta = build(dataclasses.replace(config, offset=given.rank))  # type: ignore[call-arg]
     cast(Any, delta).begin(start, weight)
-    return Started(delta, _relative_change(start, given))
+    return Started(delta, 0.0 if start.taken_off else _relative_change(delta, given))
 
 
-def _relative_change(start: Start, given: Given) -> float:
+def _relative_change(delta: Delta, given: Given) -> float:
     """Return the norm of the first change over that of the weight."""
-    if start.taken_off or start.up is None or start.down is None:
-        return 0.0
-    up = start.up if start.core is None else start.up @ start.core.to(start.up.dtype)
-    change = given.scale * float((up.double() @ start.down.double()).norm())
-    return change / max(float(given.weight.norm()), 1e-30)
+    pair = delta.inner_pair() if isinstance(delta, PairDelta) else delta.factors()
+    assert pair is not None
+    up, down = (item.detach().to("cpu", torch.float64) for item in pair)
+    return abs(given.scale) * float((up @ down).norm()) / max(float(given.weight.norm()), 1e-30)
 
 
 def _exact(weight: Tensor, site: Site) -> Tensor:
