@@ -138,5 +138,17 @@ def prepare(
         TestImages(dataset.test, backbone.transform),
     )
     experiment.inject(config.seed[0])
-    vl.eject(backbone.clip)
+    try:
+        _check_dynamics(experiment)
+    finally:
+        vl.eject(backbone.clip)
     return experiment
+
+
+def _check_dynamics(experiment: Experiment) -> None:
+    """Refuse dynamics that this model does not allow, by building them once."""
+    config, clip = experiment.config, experiment.backbone.clip
+    if config.recipe.dynamics:
+        optimizer = torch.optim.AdamW(vl.parameter_groups(clip, lr=1.0, weight_decay=0.0))
+        for item in config.recipe.build_dynamics(clip, optimizer, config.steps or 1):
+            item.on_run_end()

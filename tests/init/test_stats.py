@@ -296,3 +296,19 @@ def test_wrong_arguments_are_refused():
         gradients(model, vectors())
     with pytest.raises(AdapterStateError, match="no adapter: inject"):
         gradients(nn.Linear(8, 3), vectors())
+
+
+@pytest.mark.parametrize(
+    ("init", "options", "said"),
+    [
+        ("pissa", {"count": 2}, "count has no effect"),
+        ("gaussian", {"sketch": 4}, "sketch has no effect"),
+        ("eva", {"sketch": 4}, "needs no gradients"),
+        ("lora-ga", {"count": -4}, "count must be at least 1"),
+    ],
+)
+def test_options_without_effect_are_refused(init, options, said):
+    model = vl.inject(torch.nn.Sequential(torch.nn.Linear(6, 6)), "lora", targets="0", rank=2)
+    batches = [torch.randn(4, 6)]
+    with pytest.raises(ConfigError, match=said):
+        vl.initialise(model, init, batches, lambda model, x: model(x).square().mean(), **options)

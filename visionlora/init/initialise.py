@@ -140,15 +140,24 @@ def _statistics(
     cache: str | Path | None,
 ) -> tuple[Mapping[str, SiteStats], float | None]:
     """Return the statistics by place and the mean loss, nothing where none are needed."""
+    asked = {"count": count, "sketch": sketch, "cache": cache}
+    given = [name for name, value in asked.items() if value is not None]
     if not initialiser.needs:
+        if given:
+            raise ConfigError(
+                f"{initialiser.name} does not look at data, so {given[0]} has no effect; leave it out"
+            )
         return {}, None
+    if count is not None and count < 1:
+        raise ConfigError(f"count must be at least 1, got {count}")
     if batches is None or loss_fn is None:
         raise ConfigError(
             f"{initialiser.name} looks at data: call initialise(model, {initialiser.name!r}, "
             "batches, loss_fn) with training batches and their loss"
         )
-    if sketch is not None and not initialiser.sketchable:
-        raise ConfigError(f"{initialiser.name} needs whole gradients: leave sketch out")
+    if sketch is not None and not (initialiser.sketchable and "gradient" in initialiser.needs):
+        what = "whole gradients" if "gradient" in initialiser.needs else "no gradients"
+        raise ConfigError(f"{initialiser.name} needs {what}: leave sketch out")
     from visionlora.init.stats import collect  # it uses the verbs, which use this file
 
     found = collect(
