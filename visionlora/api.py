@@ -23,7 +23,7 @@ from visionlora.init.base import Initialiser
 from visionlora.init.initialise import initialise_prepared
 from visionlora.init.suitable import check_form
 from visionlora.record import adapter_names, hosts_of
-from visionlora.registry import build_initialiser, get_method
+from visionlora.registry import build_initialiser, get_method, list_initialisers
 from visionlora.targets import find_targets, matches_parameter
 
 Patterns = str | Sequence[str]
@@ -253,7 +253,7 @@ def _as_config(
             f"{recipe.method!r} and pass parse({method!r}).build_dynamics(model, optimizer, steps) "
             "to fit or to a Stepper"
         )
-    if init is not None and init in own_starts(get_method(recipe.method).config):
+    if isinstance(init, str) and is_own_start(init, get_method(recipe.method).config):
         return recipe.config(**options, init=init), None
     if init is not None and recipe.init is not None:
         raise ConfigError(f"{method} brings its own start: leave out init={init!r}")
@@ -264,9 +264,11 @@ def _as_config(
     return config, start
 
 
-def own_starts(config: type[AdapterConfig]) -> tuple[Any, ...]:
-    """Return the values of a method's own option `init`, if it has one."""
-    return get_args(get_type_hints(config).get("init"))
+def is_own_start(init: str, config: type[AdapterConfig]) -> bool:
+    """Whether `init` is for the method's own option of that name, be it to refuse the value."""
+    own = get_args(get_type_hints(config).get("init"))
+    kind = list_initialisers().get(init)
+    return init in own or (bool(own) and (kind is None or config.form not in kind.forms))
 
 
 def _hosts(model: nn.Module) -> dict[str, Host]:

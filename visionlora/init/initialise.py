@@ -145,7 +145,8 @@ def _statistics(
     if not initialiser.needs:
         if given:
             raise ConfigError(
-                f"{initialiser.name} does not look at data, so {given[0]} has no effect; leave it out"
+                f"{initialiser.name} does not look at data, so {given[0]} has no effect; leave it "
+                "out"
             )
         return {}, None
     if count is not None and count < 1:
