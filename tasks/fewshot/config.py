@@ -160,6 +160,11 @@ class FewshotConfig:
             )
         if self.text_chunk is not None and (self.vision_only or self.encoder == "vision"):
             raise ConfigError("--text-chunk is for a text tower that trains; leave it out")
+        if self.text_chunk is not None and get_method(self.recipe.method).config.form == "sparse":
+            raise ConfigError(
+                f"--text-chunk runs the text tower once per chunk, and {self.recipe.method} looks "
+                "for new entries at its first run alone; leave it out"
+            )
         if not self.vision_only:
             for name in ("image_size", "head"):
                 if getattr(self, name) is not None:

@@ -66,6 +66,8 @@ def test_every_registered_method_has_a_recipe(method):
         ({"method": "block-lore"}, "did you mean 'block-lora'"),
         ({"adapter": {"rnak": 2}}, "did you mean 'rank'"),
         ({"adapter": {"rank": 3}}, "blocks must divide the rank"),
+        ({"text_chunk": 4, "method": "spiel"}, "once per chunk"),
+        ({"text_chunk": 4, "encoder": "vision"}, "text tower that trains"),
     ],
 )
 def test_nonsense_is_refused(options, message):
