@@ -27,7 +27,6 @@ from tests.contract.cases import (
 from tests.contract.kinds import FEW, KINDS
 from tests.tolerances import assert_close
 from visionlora.errors import AdapterFileError
-from visionlora.methods.base import Delta
 
 
 @pairs(DEFAULTS, KINDS)
