@@ -1,14 +1,10 @@
 """Two processes train what one does: starts, masks, moments and parameters."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 
 from tests.composition import runs
 from tests.composition.runs import CASES, assert_same, told
-from tests.training.test_distributed import ROOT, free_port
+from tests.pair import run_pair
 from visionlora.training.tree import read_tree
 
 
@@ -16,31 +12,7 @@ from visionlora.training.tree import read_tree
 def trained(tmp_path_factory):
     """Train all cases in one pair of processes."""
     folder = tmp_path_factory.mktemp("pair")
-    common = {
-        **os.environ,
-        "PYTHONPATH": str(ROOT),
-        "OMP_NUM_THREADS": "1",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
-        "WORLD_SIZE": "2",
-        "LOCAL_WORLD_SIZE": "2",
-    }
-    processes = [
-        subprocess.Popen(
-            [sys.executable, runs.__file__, "pair", str(folder)],
-            env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        for item in processes:
-            _, errors = item.communicate(timeout=300)
-            assert item.returncode == 0, errors
-    finally:
-        for item in processes:
-            item.kill()
+    run_pair(runs.__file__, "pair", str(folder))
     return folder
 
 

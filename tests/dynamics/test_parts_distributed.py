@@ -1,8 +1,6 @@
 """Two processes that train blocks, halves or entries do what one process does with all examples."""
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -11,7 +9,6 @@ import torch
 
 import visionlora as vl
 from tests.dynamics.towers_in_blocks import batches, loss, tower
-from tests.training.test_distributed import free_port
 from tests.training.toy_training import exact
 from visionlora.compose import parse
 from visionlora.training import RunDirectory, TrainSettings, fit, process, shard
@@ -63,31 +60,7 @@ def both(folder):
 @pytest.fixture(scope="module")
 def finals(tmp_path_factory):
     folder = tmp_path_factory.mktemp("distributed")
-    common = {
-        **os.environ,
-        "PYTHONPATH": str(ROOT),
-        "OMP_NUM_THREADS": "1",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
-        "WORLD_SIZE": "2",
-        "LOCAL_WORLD_SIZE": "2",
-    }
-    processes = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(folder)],
-            env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        for item in processes:
-            _, errors = item.communicate(timeout=300)
-            assert item.returncode == 0, errors
-    finally:
-        for item in processes:
-            item.kill()
+    run_pair(__file__, str(folder))
     return folder
 
 

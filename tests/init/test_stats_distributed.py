@@ -2,7 +2,6 @@
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,7 +13,6 @@ from safetensors.torch import load_file, save_file
 import visionlora as vl
 from tests.init.looking import cross_entropy, tower, vectors
 from tests.tolerances import assert_close
-from tests.training.test_distributed import free_port
 from visionlora.errors import DataError
 from visionlora.init.base import Components
 from visionlora.init.stats import collect
@@ -72,28 +70,7 @@ def one_of_two(folder):
 def both(tmp_path_factory):
     """Run both processes and return the folder of what they found."""
     folder = tmp_path_factory.mktemp("two")
-    common = {
-        **os.environ,
-        "PYTHONPATH": str(ROOT),
-        "OMP_NUM_THREADS": "1",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
-        "WORLD_SIZE": "2",
-    }
-    command = [sys.executable, "-m", "tests.init.test_stats_distributed", str(folder)]
-    processes = [
-        subprocess.Popen(
-            command, env={**common, "RANK": str(rank)}, cwd=ROOT, stderr=subprocess.PIPE, text=True
-        )
-        for rank in range(2)
-    ]
-    try:
-        for process in processes:
-            _, errors = process.communicate(timeout=200)
-            assert process.returncode == 0, errors
-    finally:
-        for process in processes:
-            process.kill()
+    run_pair("-m", "tests.init.test_stats_distributed", str(folder))
     return folder
 
 

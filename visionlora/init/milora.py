@@ -15,31 +15,21 @@ from typing import ClassVar
 
 import torch
 
-from visionlora.config import AdapterConfig
 from visionlora.errors import ConfigError
-from visionlora.init.base import Given, Initialiser, Start
-from visionlora.init.spectral import positive_scale
+from visionlora.init.base import Given
+from visionlora.init.spectral import PiSSA, Triples
 from visionlora.methods.parts.decompose import smallest_svd
 from visionlora.registry import register_initialiser, register_preset
 
 
 @dataclass(frozen=True, kw_only=True)
-class MiLoRA(Initialiser):
+class MiLoRA(PiSSA):
     """The smallest singular triples of the weight."""
 
     name: ClassVar[str] = "milora"
 
-    @property
-    def residual(self) -> bool:
-        """Whether the start is taken off: yes."""
-        return True
-
-    def check(self, config: AdapterConfig) -> None:
-        """Refuse a scale without a root."""
-        positive_scale(self.name, config)
-
-    def start(self, given: Given) -> Start:
-        """Return the triples, their values shared out evenly."""
+    def triples(self, given: Given) -> Triples:
+        """Return the smallest triples."""
         U, S, V = smallest_svd(given.weight, given.rank, given.where)
         noise = max(given.weight.shape) * torch.finfo(S.dtype).eps * given.weight.norm()
         if not bool(S.max() > noise):
@@ -47,8 +37,7 @@ class MiLoRA(Initialiser):
                 f"milora: the weight of {given.where} has no part in its {given.rank} smallest "
                 "singular triples: nothing would train; pissa starts from the largest"
             )
-        root = (S / given.scale).sqrt()
-        return Start(U * root, root[:, None] * V, taken_off=True)
+        return U, S, V
 
 
 register_initialiser(MiLoRA)

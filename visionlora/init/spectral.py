@@ -15,11 +15,16 @@ Computed in float64 with fixed signs, per slice of a fused projection.
 from dataclasses import dataclass
 from typing import ClassVar
 
+from jaxtyping import Float
+from torch import Tensor
+
 from visionlora.config import AdapterConfig
 from visionlora.errors import ConfigError
 from visionlora.init.base import Given, Initialiser, Start
 from visionlora.methods.parts.decompose import leading_qr, truncated_svd
 from visionlora.registry import register_initialiser
+
+Triples = tuple[Float[Tensor, "out r"], Float[Tensor, " r"], Float[Tensor, "r in"]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,11 +42,16 @@ class PiSSA(Initialiser):
         """Refuse a scale without a root."""
         positive_scale(self.name, config)
 
-    def start(self, given: Given) -> Start:
-        """Return the triples, their values shared out evenly."""
+    def triples(self, given: Given) -> Triples:
+        """Return `(U, S, V^T)` of the part of the weight that the pair starts as."""
         U, S, V = truncated_svd(given.weight, given.rank, given.where)
         if not bool(S.any()):
             raise ConfigError(f"pissa: the weight of {given.where} is zero: nothing would train")
+        return U, S, V
+
+    def start(self, given: Given) -> Start:
+        """Return the triples, their values shared out evenly."""
+        U, S, V = self.triples(given)
         root = (S / given.scale).sqrt()
         return Start(U * root, root[:, None] * V, taken_off=True)
 
