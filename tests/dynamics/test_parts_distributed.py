@@ -9,11 +9,11 @@ import torch
 
 import visionlora as vl
 from tests.dynamics.towers_in_blocks import batches, loss, tower
+from tests.pair import run_pair
 from tests.training.toy_training import exact
 from visionlora.compose import parse
 from visionlora.training import RunDirectory, TrainSettings, fit, process, shard
 
-ROOT = Path(__file__).parents[2]
 STEPS = 12
 RECIPES = {
     "lisa": "lisa(gamma=1,every=3)",

@@ -12,12 +12,12 @@ from safetensors.torch import load_file, save_file
 
 import visionlora as vl
 from tests.init.looking import cross_entropy, tower, vectors
+from tests.pair import run_pair
 from tests.tolerances import assert_close
 from visionlora.errors import DataError
 from visionlora.init.base import Components
 from visionlora.init.stats import collect
 
-ROOT = Path(__file__).parents[2]
 ALL = {"gradient", "covariance", "components"}
 SIZES = (4, 3, 5, 2)
 

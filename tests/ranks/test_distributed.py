@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.pair import run_pair
 from tests.ranks.cases import METHODS, STEPS
 from tests.ranks.planted import Problem, ranks
 from tests.training.toy_training import exact
 from visionlora.ranks.structure import places_of
 from visionlora.training import process, shard
 
-ROOT = Path(__file__).parents[2]
 CASES = ["adalora", "increlora", "diffora"]
 
 
