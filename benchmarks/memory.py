@@ -20,9 +20,8 @@ from rich.console import Console
 from rich.table import Table
 
 import visionlora as vl
-from benchmarks.step import check_json, count
+from benchmarks.step import bench_extra, check_json, count
 from visionlora.dynamics import Dynamics, StepContext
-from visionlora.errors import ConfigError
 from visionlora.io.atomic import write_text_atomically
 from visionlora.training.cli import run_cli
 
@@ -67,12 +66,8 @@ def main(argv: list[str] | None = None) -> None:
     check_json(options.json)
     for product in options.products:
         vl.parse(product)
-    try:  # here, so that --help and an unknown name need neither timm nor PEFT
+    with bench_extra():  # here, so that --help and an unknown name need neither timm nor PEFT
         from benchmarks import products
-    except ModuleNotFoundError as error:
-        raise ConfigError(
-            f"the benchmarks need {error.name}: pip install 'visionlora[bench]'"
-        ) from None
     torch.manual_seed(0)
     torch.set_num_threads(options.threads)
     plan = products.prepare(options.model, options.depth, options.products, None)

@@ -7,6 +7,8 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,12 +33,8 @@ def main(argv: list[str] | None = None) -> None:
     check_json(options.json)
     for method in options.methods if options.methods != ["all"] else ():
         vl.get_method(method)
-    try:  # here, so that --help and an unknown method need neither timm nor PEFT
+    with bench_extra():  # here, so that --help and an unknown method need neither timm nor PEFT
         from benchmarks import rounds
-    except ModuleNotFoundError as error:
-        raise ConfigError(
-            f"the benchmarks need {error.name}: pip install 'visionlora[bench]'"
-        ) from None
     torch.manual_seed(0)
     plan = rounds.prepare(options.model, options.depth, options.methods, options.rank)
     torch.set_num_threads(options.threads)
@@ -127,6 +125,17 @@ def add_setting(parser: argparse.ArgumentParser, *, repeats: int, minutes: float
     parser.add_argument(
         "--model", default="vit_base_patch16_224", help="a plain vision transformer of timm"
     )
+
+
+@contextmanager
+def bench_extra() -> Iterator[None]:
+    """Turn a package that is missing inside the block into one line that names the extra."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"the benchmarks need {error.name}: pip install 'visionlora[bench]'"
+        ) from None
 
 
 def check_json(path: Path | None) -> None:

@@ -1,5 +1,6 @@
 """The step benchmark runs, writes what it promises, and refuses bad input in one line."""
 
+import importlib
 import json
 import subprocess
 import sys
@@ -8,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.step import main
+from benchmarks.step import bench_extra, main
+from visionlora.errors import ConfigError
 from visionlora.training.cli import run_cli
 
 pytest.importorskip("peft")
@@ -76,3 +78,9 @@ def test_an_unknown_method_ends_the_command_with_one_line_and_exit_code_2() -> N
     assert "unknown method 'lroa' (did you mean 'lora'" in done.stderr
     assert done.stderr.count("\n") == 1
     assert not done.stdout
+
+
+def test_a_missing_package_names_the_extra_to_install() -> None:
+    said = r"need no_such_package: pip install .*\[bench\]"
+    with pytest.raises(ConfigError, match=said), bench_extra():
+        importlib.import_module("no_such_package")

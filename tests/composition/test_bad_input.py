@@ -97,7 +97,9 @@ def test_a_tied_weight_has_no_start_of_its_own(preset):
         refused(ConfigError, both, *adapted(preset, model))
     else:
         model, init, batches = adapted(preset, model)
-        vl.initialise(model, init, batches, mean_loss)
+        report = vl.initialise(model, init, batches, mean_loss)
+        assert {"blocks.0.fc1.weight", "blocks.2.fc1.weight"} <= set(report.change)
+        assert model.blocks[2].fc1.weight is model.blocks[0].fc1.weight
 
 
 @pytest.mark.parametrize("preset", LOOKING)
