@@ -1,0 +1,1 @@
+"""Visual object tracking: LoRAT on the shared low-rank core."""

@@ -1,0 +1,38 @@
+"""Frames as arrays: RGB, 8 bits, upright."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float, UInt8
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from visionlora.errors import DataError
+
+Frame = UInt8[np.ndarray, "height width 3"]
+
+
+def read_image(path: Path) -> Frame:
+    """Decode one frame.
+
+    Raises:
+        DataError: there is no such file, it is no image, or it is truncated.
+    """
+    try:
+        with Image.open(path) as image:
+            upright = ImageOps.exif_transpose(image)
+            if upright.mode.startswith("I"):  # 16 bits, which `convert` would clip at 255
+                return np.repeat((np.asarray(upright) / 256).astype(np.uint8)[..., None], 3, axis=2)
+            return np.array(upright.convert("RGB"))
+    except FileNotFoundError:
+        raise DataError(f"no frame {path}") from None
+    # What Pillow raises depends on the format and on what is broken.
+    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+        reason = str(error).splitlines()[0] if str(error) else repr(error)
+        raise DataError(f"cannot read the frame {path}: {reason}") from error
+
+
+def to_tensor(image: Frame) -> Float[Tensor, "3 height width"]:
+    """Return a frame channels first, still in 0..255."""
+    return torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1).float()
