@@ -1,1 +1,1 @@
-"""Task packages built on the shared low-rank core; no task imports another."""
+"""Task packages built on the shared low-rank core; no task imports another, all may `shared`."""

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from tasks.fewshot.heads import HeadName, LinearHead, PrototypeHead, new_head
 from tasks.fewshot.images import Transform
-from tasks.fewshot.lite0 import LITE0, lite0_weights
 from tasks.fewshot.weights import require_weights
+from tasks.shared.lite0 import LITE0, lite0_weights
 from visionlora.errors import ConfigError, DataError, nearest
 
 PREFIX = "timm:"

@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import visionlora as vl
-from tasks.fewshot import lite0, predict, train
+from tasks.fewshot import predict, train
 from tasks.fewshot.backbones import load_backbone
 from tasks.fewshot.baselines import linear_probe
 from tasks.fewshot.classifier import adapter_targets, default_params
@@ -24,6 +24,7 @@ from tasks.fewshot.generate import GenerateConfig
 from tasks.fewshot.heads import LinearHead
 from tasks.fewshot.shots import Batches
 from tasks.fewshot.vision_only import VisionModel, load_vision
+from tasks.shared import lite0
 from visionlora.errors import ConfigError, DataError
 
 VIT = "timm:test_vit"

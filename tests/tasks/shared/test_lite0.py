@@ -6,7 +6,7 @@ import pytest
 import timm
 import torch
 
-from tasks.fewshot import lite0
+from tasks.shared import lite0
 from visionlora.errors import ConfigError, DataError
 
 
