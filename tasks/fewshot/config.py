@@ -20,6 +20,7 @@ from visionlora.config import LowRankConfig
 from visionlora.errors import ConfigError
 from visionlora.registry import get_method
 
+RUNS = Path("runs/fewshot")
 AUTO = "auto"
 """`--lr auto`: the learning rate is searched, see `tasks/fewshot/rate_search.py`."""
 LR_TRIALS = 9

@@ -4,9 +4,8 @@ One pass scores every image against every class. Class prompts do not see each o
 accuracy within a label set (base or new classes) is read off the same scores.
 """
 
-import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,14 +20,10 @@ from tasks.fewshot.images import Transform, decode_all, evaluation_pixels
 from tasks.fewshot.sampling import Item
 from visionlora.analysis.calibration import expected_calibration_error
 from visionlora.compose import parse
-from visionlora.errors import ConfigError, DataError
+from visionlora.errors import DataError
 from visionlora.registry import get_method
+from visionlora.training.device import autocast
 
-HALF: dict[str, Callable[[str], AbstractContextManager[Any]]] = {
-    "fp32": lambda _: nullcontext(),
-    "bf16": lambda kind: torch.autocast(kind, torch.bfloat16),
-    "fp16": lambda kind: torch.autocast(kind, torch.float16),
-}
 BATCH = {"cpu": 64, "cuda": 256}
 CACHE_BYTES = 2 << 30
 """Decoded test images stay in memory up to this size, since every seed needs them again."""
@@ -124,7 +119,7 @@ def score(
     """Score all test images, in evaluation mode."""
     model.eval()
     logits, labels = [], []
-    with HALF[precision](device.type):
+    with autocast(precision, device.type):
         classes = model.class_features()
         for pixels, truth in images.batches(BATCH.get(device.type, 64)):
             features = model.image_features(pixels.to(device))
@@ -138,34 +133,3 @@ def score(
 def harmonic_mean(base: float, new: float) -> float:
     """Return `2bn / (b + n)`, and 0 if both are 0."""
     return 2 * base * new / (base + new) if base + new else 0.0
-
-
-def pick_device(name: str) -> torch.device:
-    """Return the device a user named, or for `auto` the best one that this machine has."""
-    local = int(os.environ.get("LOCAL_RANK", 0))
-    if name == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda", local)
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ConfigError(f"device {name!r} is none of auto, cpu, cuda, cuda:N, mps") from error
-    if device.type == "cuda":
-        device = torch.device("cuda", local if device.index is None else device.index)
-        if device.index >= torch.cuda.device_count():
-            raise ConfigError(
-                f"device {name!r} is not there: {torch.cuda.device_count()} GPUs found"
-            )
-    return device
-
-
-@contextmanager
-def threads(count: int | None) -> Iterator[None]:
-    """Let torch use `count` threads inside a `with` block; None changes nothing."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -12,7 +12,7 @@ from tasks.fewshot.class_names import read_class_names
 from tasks.fewshot.classifier import Classifier, adapter_targets, default_params
 from tasks.fewshot.config import FewshotConfig
 from tasks.fewshot.datasets import Dataset, for_validation, limited, load_dataset
-from tasks.fewshot.evaluate import Scores, TestImages, harmonic_mean, pick_device, score
+from tasks.fewshot.evaluate import Scores, TestImages, harmonic_mean, score
 from tasks.fewshot.images import refuse_unreadable
 from tasks.fewshot.sampling import base_and_new
 from tasks.fewshot.shots import Shots, load_shots
@@ -21,6 +21,7 @@ from tasks.fewshot.vision_classifier import VisionClassifier
 from tasks.fewshot.vision_only import HEAD, VisionModel
 from visionlora.errors import DataError
 from visionlora.registry import get_method
+from visionlora.training.device import pick_device
 
 RANDOM_TEST_IMAGES = 32
 """Random weights are for timing: without `--limit-test` only so many test images are scored."""

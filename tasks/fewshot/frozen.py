@@ -13,7 +13,7 @@ from torch import Tensor
 import visionlora as vl
 from tasks.fewshot.baselines import Baseline, Support, linear_probe, prototypes, tip_adapter
 from tasks.fewshot.classifier import Classifier
-from tasks.fewshot.evaluate import BATCH, HALF, Scores
+from tasks.fewshot.evaluate import BATCH, Scores
 from tasks.fewshot.experiment import Experiment
 from tasks.fewshot.heads import LinearHead, PrototypeHead, prototype_logits
 from tasks.fewshot.images import augment_batch, decode_all, evaluation_pixels
@@ -22,6 +22,7 @@ from tasks.fewshot.shots import Shots
 from tasks.fewshot.vision_classifier import VisionClassifier
 from visionlora.errors import DataError
 from visionlora.record import adapter_names
+from visionlora.training.device import autocast
 
 VIEWS = 10
 """Augmented views of a shot that are averaged for a key of Tip-Adapter."""
@@ -109,7 +110,7 @@ def encode(experiment: Experiment, model: Classifier, images: Sequence[Tensor] |
     training = model.training
     model.eval()
     frozen: Any = vl.disabled(model.clip) if adapter_names(model.clip) else nullcontext()
-    with frozen, HALF[experiment.config.precision](device.type):
+    with frozen, autocast(experiment.config.precision, device.type):
         parts = [
             model.image_features(torch.stack(list(images[start : start + size])).to(device))
             .float()

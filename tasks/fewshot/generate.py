@@ -23,7 +23,7 @@ from tasks.fewshot.adapt import adapt
 from tasks.fewshot.backbones import TINY
 from tasks.fewshot.config import FewshotConfig
 from tasks.fewshot.datasets import Dataset
-from tasks.fewshot.evaluate import TestImages, threads
+from tasks.fewshot.evaluate import TestImages
 from tasks.fewshot.experiment import Experiment, prepare
 from tasks.fewshot.report import PLAIN_WIDTH, print_note
 from tasks.fewshot.sampling import Item, few_shot
@@ -40,6 +40,7 @@ from visionlora.generate import (
 )
 from visionlora.io.atomic import write_text_atomically
 from visionlora.training import RunDirectory
+from visionlora.training.device import threads
 
 SUPPORT_SEED = 1000
 """Added to the run's seed for drawing the support images that an adapter is generated from."""

@@ -19,7 +19,7 @@ from tasks.fewshot.adapter_files import Description, load_adapter
 from tasks.fewshot.adapter_zip import unpacked
 from tasks.fewshot.backbones import TINY, Backbone
 from tasks.fewshot.classifier import Classifier
-from tasks.fewshot.evaluate import BATCH, merged_for, pick_device, threads
+from tasks.fewshot.evaluate import BATCH, merged_for
 from tasks.fewshot.folder import list_images
 from tasks.fewshot.images import Transform, decode_all, evaluation_pixels, open_image
 from tasks.fewshot.pictures import save_grid
@@ -31,6 +31,7 @@ from tasks.fewshot.vision_classifier import VisionClassifier
 from tasks.fewshot.vision_only import VisionModel
 from visionlora.errors import ConfigError, DataError
 from visionlora.training import Progress
+from visionlora.training.device import pick_device, threads
 
 PROGRESS_SECONDS = 5.0
 """How often progress is said where there is no terminal for a bar."""

@@ -10,11 +10,10 @@ import visionlora as vl
 from tasks.fewshot.adapt import adapt
 from tasks.fewshot.adapter_files import Description, save_adapter
 from tasks.fewshot.backbones import TINY
-from tasks.fewshot.config import FewshotConfig
-from tasks.fewshot.evaluate import Scores, merged_for, threads
+from tasks.fewshot.config import RUNS, FewshotConfig
+from tasks.fewshot.evaluate import Scores, merged_for
 from tasks.fewshot.experiment import Experiment, prepare
 from tasks.fewshot.frozen import measure, test_features
-from tasks.fewshot.output import open_run, taken_back_on_error
 from tasks.fewshot.pictures import save_confusion
 from tasks.fewshot.rate_search import check_search, with_searched_rate
 from tasks.fewshot.report import COLUMNS, print_note, print_result
@@ -22,6 +21,8 @@ from tasks.fewshot.results import read_matrix, summarise, write_matrix
 from tasks.fewshot.sampling import short_classes
 from tasks.fewshot.shots import Shots
 from visionlora.training import RunDirectory
+from visionlora.training.device import threads
+from visionlora.training.output import open_run, taken_back_on_error
 
 MAY_CHANGE = ("output", "resume", "overwrite", "device", "seed", "checkpoint_every")
 """Settings that may differ when a run is resumed; seeds may be added."""
@@ -43,7 +44,9 @@ def _run(config: FewshotConfig) -> dict[str, Any]:
     began = time.monotonic()
     experiment = prepare(config)
     config = experiment.config
-    directory, made = open_run(config)
+    directory, made = open_run(
+        config.output, RUNS / config.run_name, resume=config.resume, overwrite=config.overwrite
+    )
     with taken_back_on_error(made):
         first = experiment.shots(config.seed[0])
         check_search(experiment, first)

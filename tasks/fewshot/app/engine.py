@@ -22,7 +22,7 @@ from tasks.fewshot.app.pictures import Pictures
 from tasks.fewshot.backbones import TINY, load_backbone
 from tasks.fewshot.config import FewshotConfig
 from tasks.fewshot.datasets import DEFAULT_TEMPLATE, Dataset
-from tasks.fewshot.evaluate import Scores, merged_for, pick_device, threads
+from tasks.fewshot.evaluate import Scores, merged_for
 from tasks.fewshot.experiment import Experiment, prepare
 from tasks.fewshot.predict import classifying, predict
 from tasks.fewshot.predictions import Prediction
@@ -31,6 +31,7 @@ from tasks.fewshot.vision_only import PREFIX
 from visionlora.dynamics import Dynamics, StepContext
 from visionlora.errors import ConfigError
 from visionlora.training import RunDirectory
+from visionlora.training.device import pick_device, threads
 
 SEED = 1
 MAX_STEPS = 500

@@ -9,10 +9,9 @@ from typing import Any, Literal
 from tasks.fewshot.backbones import TINY
 from tasks.fewshot.baselines import Baseline
 from tasks.fewshot.classifier import Encoder
-from tasks.fewshot.config import FewshotConfig
+from tasks.fewshot.config import RUNS, FewshotConfig
 from tasks.fewshot.coop.table import ELEVEN, SHIFTED, TRANSFER
 from tasks.fewshot.heads import HeadName
-from tasks.fewshot.output import RUNS
 from tasks.fewshot.sampling import ShortClass
 from visionlora.errors import ConfigError
 

@@ -15,7 +15,6 @@ from typing import Any
 
 from tasks.fewshot.backbones import TINY, Backbone, load_backbone
 from tasks.fewshot.datasets import Dataset, load_dataset
-from tasks.fewshot.evaluate import threads
 from tasks.fewshot.experiment import Experiment, prepare
 from tasks.fewshot.protocol.config import EXTENSIBLE, Cell, ProtocolConfig
 from tasks.fewshot.protocol.figures import Findings, Record, headline, measured
@@ -34,6 +33,7 @@ from tasks.fewshot.sampling import short_classes
 from tasks.fewshot.train import MAY_CHANGE, finish, run_seed
 from visionlora.errors import ConfigError, DataError, DivergedError, VisionLoraError
 from visionlora.training import RunDirectory
+from visionlora.training.device import threads
 
 
 @dataclass

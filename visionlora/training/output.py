@@ -4,31 +4,38 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tasks.fewshot.config import FewshotConfig
 from visionlora.errors import ConfigError
-from visionlora.training import RunDirectory, process
+from visionlora.training.rundir import RunDirectory
+from visionlora.training.sampler import process
 
-RUNS = Path("runs/fewshot")
+__all__ = ["open_run", "taken_back_on_error"]
 
 
-def open_run(config: FewshotConfig) -> tuple[RunDirectory, list[Path]]:
-    """Open the run folder; return with it the folders that did not exist before."""
-    path = Path(config.output).expanduser() if config.output else _default_output(config)
+def open_run(
+    output: str | None, default: Path, *, resume: bool, overwrite: bool
+) -> tuple[RunDirectory, list[Path]]:
+    """Open the run folder; return with it the folders that did not exist before.
+
+    Args:
+        output: The folder that the user named, if any.
+        default: The folder otherwise, or its first free number; to resume, the newest of them.
+        resume: See `RunDirectory`.
+        overwrite: See `RunDirectory`.
+    """
+    path = Path(output).expanduser() if output else _numbered(default, resume or overwrite)
     made = [folder for folder in (path, *path.parents) if not folder.exists()]
-    return RunDirectory(path, config.resume, overwrite=config.overwrite), made
+    return RunDirectory(path, resume, overwrite=overwrite), made
 
 
-def _default_output(config: FewshotConfig) -> Path:
-    """Return `runs/fewshot/<name>`, or its first free number; the newest one to resume."""
+def _numbered(default: Path, continues: bool) -> Path:
     if process()[1] > 1:
         raise ConfigError("a run of several processes needs --output, so that all use one folder")
-    path, number = RUNS / config.run_name, 1
+    path, number = default, 1
     candidates = [path]
     while candidates[-1].exists():
         number += 1
         candidates.append(path.with_name(f"{path.name}-{number}"))
-    continues = (config.resume or config.overwrite) and len(candidates) > 1
-    return candidates[-2] if continues else candidates[-1]
+    return candidates[-2] if continues and len(candidates) > 1 else candidates[-1]
 
 
 @contextmanager
