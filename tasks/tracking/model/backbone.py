@@ -1,0 +1,148 @@
+"""Frozen ViTs by variant, and where their weights come from.
+
+* `hub`: timm's copy of DINOv2, from the local cache or downloaded.
+* a file: DINOv2's own `dinov2_vitb14_pretrain.pth`, or timm's, safetensors or pickle; a pickle is
+  read with `weights_only=True`. What a file is shows in its content, not in its name.
+* `random`: for timing and tests; said aloud, since a tracker of random weights finds nothing.
+
+DINOv2's names are timm's but for SwiGLU (`mlp.w12` is `mlp.fc1`, `mlp.w3` is `mlp.fc2`, the same
+layout: the first half gates the second) and a `mask_token` that only its pretraining used.
+"""
+
+import logging
+import re
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from tasks.tracking.model.variants import Variant
+from visionlora.errors import ConfigError, DataError
+
+HUB = "hub"
+RANDOM = "random"
+RANDOM_SEED = 0
+_DINOV2 = ((r"\.mlp\.w12\.", ".mlp.fc1."), (r"\.mlp\.w3\.", ".mlp.fc2."))
+
+logger = logging.getLogger(__name__)
+
+
+def load_backbone(
+    variant: Variant, weights: str | Path, device: str | torch.device = "cpu"
+) -> nn.Module:
+    """Return the ViT of a variant in timm's form, frozen.
+
+    Args:
+        variant: which one.
+        weights: `hub`, `random` or a file.
+        device: where it is built; on `meta` it has no values, whatever `weights` says.
+
+    Raises:
+        ConfigError: weights that are neither here nor reachable.
+        DataError: a file of something else.
+    """
+    if torch.device(device).type == "meta":
+        return _blank(variant, device)
+    if weights == RANDOM:
+        logger.warning("%s: random backbone, for timing and tests only", variant.name)
+        return _blank(variant, device)
+    if weights == HUB:
+        return _from_hub(variant).to(device).requires_grad_(False)
+    backbone = _blank(variant, "cpu")
+    path = Path(weights).expanduser()
+    if not path.is_file():
+        raise ConfigError(
+            f"backbone weights {str(weights)!r} of {variant.name} are no file; give {HUB}, "
+            f"{RANDOM}, or a file such as {variant.file}"
+        )
+    fill(backbone, from_dinov2(read_tensors(path)), f"{path} does not hold {variant.backbone}")
+    return backbone.to(device)
+
+
+def read_tensors(path: str | Path) -> dict[str, Tensor]:
+    """Return the named tensors of a file: safetensors by its content, else a pickle of tensors.
+
+    Raises:
+        DataError: it is missing, damaged, or holds something else.
+    """
+    path = Path(path)
+    try:
+        with path.open("rb") as stream:
+            start = stream.read(9)
+        if start[8:9] == b"{":  # eight bytes give the length of the JSON header
+            return safetensors.torch.load_file(path)
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # unpicklers raise anything
+        raise DataError(
+            f"{path} cannot be read as tensors: {str(error).splitlines()[0] if str(error) else ''}"
+        ) from error
+    if isinstance(found, dict) and isinstance(found.get("model"), dict):
+        found = found["model"]
+    if not isinstance(found, dict) or not all(isinstance(v, Tensor) for v in found.values()):
+        raise DataError(f"{path} holds no dictionary of tensors")
+    return found
+
+
+def from_dinov2(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return a checkpoint under timm's names; one that has them already stays as it is."""
+    return {timm_name(name): value for name, value in tensors.items() if name != "mask_token"}
+
+
+def timm_name(name: str) -> str:
+    """Return timm's name of one of DINOv2's tensors."""
+    for theirs, ours in _DINOV2:
+        name = re.sub(theirs, ours, name)
+    return name
+
+
+def fill(module: nn.Module, tensors: dict[str, Tensor], wrong: str) -> None:
+    """Copy tensors into a module; all names and shapes must fit.
+
+    Raises:
+        DataError: `wrong`, and the first thing that does not fit.
+    """
+    wanted = module.state_dict()
+    for what, names in (
+        ("lacks", wanted.keys() - tensors.keys()),
+        ("has also", tensors.keys() - wanted.keys()),
+    ):
+        if names:
+            raise DataError(f"{wrong}: it {what} {min(names)} ({len(names)} tensors in all)")
+    for name, value in wanted.items():
+        if tensors[name].shape != value.shape:
+            raise DataError(
+                f"{wrong}: {name} is {tuple(tensors[name].shape)} instead of {tuple(value.shape)}"
+            )
+    module.load_state_dict(tensors)
+
+
+def _blank(variant: Variant, device: str | torch.device) -> nn.Module:
+    """Return a frozen backbone with random weights, the same ones every time."""
+    with torch.random.fork_rng(devices=[]), torch.device(device):
+        torch.manual_seed(RANDOM_SEED)
+        backbone = _create(variant)
+    return backbone.requires_grad_(False)
+
+
+def _create(variant: Variant, **options: Any) -> nn.Module:
+    import timm  # takes a second
+
+    # timm's own positions, drop-path and size checks are not used: LoRAT has its own.
+    backbone: nn.Module = timm.create_model(
+        variant.backbone, num_classes=0, dynamic_img_size=True, **options
+    )
+    return backbone
+
+
+def _from_hub(variant: Variant) -> nn.Module:
+    try:
+        return _create(variant, pretrained=True)
+    except Exception as error:  # the hub raises whatever its transport raises
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ConfigError(
+            f"no weights for {variant.backbone}: the hub failed ({reason}); give the file "
+            f"{variant.file} of DINOv2, or random (for timing only)"
+        ) from error
