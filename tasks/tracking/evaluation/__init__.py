@@ -1,0 +1,1 @@
+"""Scores of tracking results in the field's conventions, result files, submissions and reports."""
