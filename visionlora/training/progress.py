@@ -15,7 +15,7 @@ class Progress:
     """Shows step, figures, speed and remaining time on stderr.
 
     Args:
-        total: number of steps of the whole run.
+        total: number of steps of the whole run; None where nobody knows.
         description: short name of the run.
         start: steps done before, in a resumed run.
         enabled: False for the processes that should be silent.
@@ -24,7 +24,7 @@ class Progress:
 
     def __init__(
         self,
-        total: int,
+        total: int | None,
         description: str = "train",
         *,
         start: int = 0,
@@ -71,8 +71,10 @@ class Progress:
             self._bar.update(self._task, completed=step, figures=figures)
         else:
             self._spoke = now
-            left = (self.total - step) / max(rate, 1e-9)
-            line = f"{self.description}: {step}/{self.total} {figures}, {left:.0f} s left"
+            line = f"{self.description}: {step} {figures}"
+            if self.total is not None:
+                left = (self.total - step) / max(rate, 1e-9)
+                line = f"{self.description}: {step}/{self.total} {figures}, {left:.0f} s left"
             print(line, file=sys.stderr, flush=True)
 
     def __exit__(

@@ -13,14 +13,14 @@ from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
-from jaxtyping import Float64, UInt8
+from jaxtyping import Float64
 from numpy.typing import ArrayLike
 
+from tasks.tracking.images import Frame
 from visionlora.errors import DataError
 
-__all__ = ["Frame", "LockstepTracker", "Output", "Tracker", "checked_box"]
+__all__ = ["Counts", "Frame", "LockstepTracker", "Output", "Tracker", "checked_box"]
 
-Frame = UInt8[np.ndarray, "height width 3"]
 Box = Float64[np.ndarray, "4"]
 
 
@@ -30,6 +30,13 @@ class Output(NamedTuple):
     box: Box
     """x, y, w, h."""
     score: float
+
+
+class Counts(NamedTuple):
+    """Numbers of parameters, before adapters are merged."""
+
+    trainable: int
+    total: int
 
 
 class Tracker(Protocol):
