@@ -2,10 +2,14 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
 
 from visionlora.errors import DataError, nearest
+
+SHOWN = 3
+"""Names that an error message lists."""
 
 Found = dict[str, Path]
 """Name of a sequence -> its folder, or its annotation file where these lie together."""
@@ -19,12 +23,14 @@ class Selection:
     missing: tuple[str, ...]
 
 
+@cache
 def shipped(name: str) -> tuple[str, ...]:
     """Return the lines of one of the package's own lists."""
     text = (files("tasks.tracking.sequences") / "lists" / name).read_text(encoding="utf-8")
     return tuple(line for line in text.splitlines() if line)
 
 
+@cache
 def shipped_attributes(name: str) -> dict[str, tuple[str, ...]]:
     """Return name -> attributes from a list with `name ATTRIBUTE ATTRIBUTE ...` on each line."""
     return {(words := line.split())[0]: tuple(words[1:]) for line in shipped(name)}
@@ -81,6 +87,8 @@ def select(
         DataError: some are not, and `skip_missing` is off; or none is.
     """
     names = tuple(dict.fromkeys(wanted))
+    if not names:
+        raise DataError(f"{title}: no sequences were asked for; {root} holds {len(found)}")
     missing = tuple(name for name in names if name not in found)
     if missing and (not skip_missing or len(missing) == len(names)):
         rest = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
@@ -90,3 +98,9 @@ def select(
             f"not found in {root}, which holds {len(found)}{advice}"
         )
     return Selection({name: found[name] for name in names if name in found}, missing)
+
+
+def few(names: list[str]) -> str:
+    """Return the first names of many."""
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more

@@ -10,14 +10,12 @@ from typing import overload
 
 from PIL import Image, UnidentifiedImageError
 
+from tasks.tracking.sequences.found import few
 from tasks.tracking.sequences.sequence import Frames
 from visionlora.errors import DataError
 
-SUFFIXES = frozenset(
-    {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".gif"}
-)
-SHOWN = 3
-"""File names that an error message lists."""
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".gif")
+"""Of images, the likely ones first."""
 
 
 @dataclass(frozen=True)
@@ -54,16 +52,25 @@ def numbered(folder: Path, digits: int, numbers: range, check: bool = True) -> N
     stem = f"{{:0{digits}d}}" if digits else "{}"
     first = stem.format(numbers[0])
     if not check:
-        suffix = next((s for s in sorted(SUFFIXES) if (folder / (first + s)).is_file()), ".jpg")
+        suffix = next((s for s in SUFFIXES if (folder / (first + s)).is_file()), ".jpg")
         return NumberedFrames(folder, stem + suffix, numbers)
     there = set(_names(folder))
-    suffix = next((s for s in sorted(SUFFIXES) if first + s in there), ".jpg")
+    suffix = next((s for s in SUFFIXES if first + s in there), ".jpg")
     frames = NumberedFrames(folder, stem + suffix, numbers)
     if missing := [p for n in numbers if (p := (stem + suffix).format(n)) not in there]:
         raise DataError(
             f"{len(missing)} of {len(frames)} frames are missing in {folder}: {few(missing)}"
         )
     return frames
+
+
+def all_numbered(folder: Path, digits: int, first: int) -> NumberedFrames:
+    """Return as many frames as there are images in `folder`, counted from `first`.
+
+    Raises:
+        DataError: the folder has no images, or a number is missing between them.
+    """
+    return numbered(folder, digits, range(first, first + len(listed(folder))))
 
 
 def listed(folder: Path) -> tuple[Path, ...]:
@@ -107,12 +114,6 @@ def match(frames: Frames, count: int, name: str, rule: str) -> None:
         raise DataError(
             f"sequence {name!r} has {len(frames)} frames but {count} boxes{_gap(frames)}; {rule}"
         )
-
-
-def few(names: list[str]) -> str:
-    """Return the first names of many."""
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return ", ".join(names[:SHOWN]) + more
 
 
 def _gap(frames: Frames) -> str:

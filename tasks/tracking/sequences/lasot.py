@@ -25,7 +25,10 @@ from tasks.tracking.sequences.text import read_boxes, read_flags
 
 LAYOUT = "ROOT/<class>/<sequence>/ or ROOT/<sequence>/ with img/00000001.jpg and groundtruth.txt"
 ORIGIN = 1
-ATTRIBUTES = tuple("IV POC DEF MB CM ROT BC VC SV FOC FM OV LR ARC".split())
+ATTRIBUTES = (
+    *("IV", "POC", "DEF", "MB", "CM", "ROT", "BC"),
+    *("VC", "SV", "FOC", "FM", "OV", "LR", "ARC"),
+)
 """Order of the toolkit's `att` files."""
 
 

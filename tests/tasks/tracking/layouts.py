@@ -37,3 +37,46 @@ def write_lasot(folder: Path, count: int = 5, images: int | None = None) -> np.n
     write_frames(folder / "img", (f"{i:08d}.jpg" for i in range(1, (images or count) + 1)))
     write_lines(folder / "groundtruth.txt", boxes)
     return boxes
+
+
+def write_got10k(folder: Path, count: int = 5, first_only: bool = False) -> np.ndarray:
+    """A sequence of GOT-10k with its labels; the fourth frame shows nothing of the object."""
+    boxes = moving(count)
+    write_frames(folder, (f"{i:08d}.jpg" for i in range(1, count + 1)))
+    write_lines(folder / "groundtruth.txt", boxes[:1] if first_only else boxes)
+    if not first_only:
+        unseen = np.arange(count) == 3
+        write_lines(folder / "absence.label", unseen[:, None].astype(int))
+        write_lines(folder / "cover.label", np.where(unseen, 0, 8)[:, None])
+        (folder / "meta_info.ini").write_text(f"[METAINFO]\nresolution: {SIZE}\n")
+    return boxes
+
+
+def write_trackingnet(
+    chunk: Path, name: str, count: int = 5, first_only: bool = True
+) -> np.ndarray:
+    """A video of a chunk (`TEST`, `TRAIN_0`); frames are counted from 0."""
+    boxes = moving(count)
+    write_frames(chunk / "frames" / name, (f"{i}.jpg" for i in range(count)))
+    write_lines(chunk / "anno" / f"{name}.txt", boxes[:1] if first_only else boxes)
+
+
+def write_otb(
+    video: Path, first: int, count: int, file: str = "groundtruth_rect.txt"
+) -> np.ndarray:
+    """A video of OTB with frames 1 to the last one that has a box."""
+    boxes = moving(count)
+    write_frames(video / "img", (f"{i:04d}.jpg" for i in range(1, first + count)))
+    write_lines(video / file, boxes, separator="\t")
+
+
+def write_nfs(root: Path, name: str, count: int, at_30: int) -> np.ndarray:
+    """A video of NFS: boxes of `count` frames at 240 fps, images at 30 fps."""
+    boxes = moving(count)
+    write_frames(root / name / "30" / name, (f"{i:05d}.jpg" for i in range(1, at_30 + 1)))
+    rows = [
+        f'0 {x:g} {y:g} {x + w:g} {y + h:g} {i} 0 0 {int(i % 3 > 0)} "ball"'
+        for i, (x, y, w, h) in enumerate(boxes, 1)
+    ]
+    (root / name / "30" / f"{name}.txt").write_text("\n".join(rows) + "\n")
+    return boxes
