@@ -35,4 +35,5 @@ def read_image(path: Path) -> Frame:
 
 def to_tensor(image: Frame) -> Float[Tensor, "3 height width"]:
     """Return a frame channels first, still in 0..255."""
-    return torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1).float()
+    # A copy: frames of a caller may be read-only, or views with the channels in reverse.
+    return torch.from_numpy(np.array(image, order="C")).permute(2, 0, 1).float()
