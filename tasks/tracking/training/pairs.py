@@ -12,6 +12,7 @@ Sampling of LoRAT, 2024, arXiv:2403.05231.
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -45,6 +46,8 @@ class Source(Protocol):
     """What pairs come from."""
 
     name: str
+    notes: tuple[str, ...]
+    """What the user should know: what was found, and what was left out."""
 
     def pair(self, rng: np.random.Generator) -> Pair:
         """Draw a pair, the same one for the same state of `rng`.
@@ -59,7 +62,8 @@ class TrackPairs:
 
     Args:
         name: name of the data set.
-        tracks: its tracks; those that never show their object are left out.
+        tracks: its tracks, those over the same frames being the objects of one sequence; those that
+            never show their object are left out.
 
     Raises:
         DataError: no track shows its object.
@@ -68,15 +72,16 @@ class TrackPairs:
     def __init__(self, name: str, tracks: Sequence[Track]) -> None:
         self.name = name
         usable = [track for track in tracks if track.exists.any()]
-        self.dropped = len(tracks) - len(usable)
-        """How many tracks were left out."""
         if not usable:
             why = f"none of its {len(tracks)} tracks has a box" if tracks else "it has no tracks"
             raise DataError(f"nothing to train on in {name}: {why}")
-        by_sequence: dict[str, list[Track]] = {}
+        by_sequence: dict[Path, list[Track]] = {}
         for track in usable:
-            by_sequence.setdefault(track.name, []).append(track)
+            by_sequence.setdefault(track.frames[0], []).append(track)
         self.sequences = list(by_sequence.values())
+        self.notes: tuple[str, ...] = (f"{name}: {len(self.sequences)} sequences",)
+        if len(usable) < len(tracks):
+            self.notes += (f"{name}: {len(tracks) - len(usable)} tracks without a box left out",)
 
     def pair(self, rng: np.random.Generator) -> Pair:
         """Draw a pair and read its frames."""
@@ -119,6 +124,7 @@ class Mixture:
             names = ", ".join(source.name for source in sources)
             raise DataError(f"data weights need one positive number for each of {names}: {weights}")
         self.sources = list(sources)
+        self.notes = tuple(note for source in sources for note in source.notes)
         self.shares = np.asarray(weights) / sum(weights)
 
     def pair(self, rng: np.random.Generator) -> Pair:

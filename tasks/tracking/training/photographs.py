@@ -38,22 +38,24 @@ class Photographs:
             raise DataError(f"no folder of photographs {self.folder}")
         files = sorted(p for p in self.folder.rglob("*") if p.suffix.lower() in SUFFIXES)
         side = _side(len(files))
-        self.unusable: list[str] = []
-        """Why files were left out."""
+        unusable: list[str] = []
         self.pyramids: list[Sequence[Frame]] = []
         for file in files:
             try:
                 image = _shrunk(read_image(file), side)
             except DataError as error:
-                self.unusable.append(str(error))
+                unusable.append(str(error))
                 continue
             if min(image.shape[:2]) < SMALLEST:
-                self.unusable.append(f"{file} is less than {SMALLEST} px high or wide")
+                unusable.append(f"{file} is less than {SMALLEST} px high or wide")
                 continue
             self.pyramids.append(_pyramid(image))
         if not self.pyramids:
-            why = f"; first: {self.unusable[0]}" if self.unusable else ""
+            why = f"; first: {unusable[0]}" if unusable else ""
             raise DataError(f"{self.folder} holds no usable photograph{why}")
+        self.notes: tuple[str, ...] = (f"{self.folder}: {len(self)} photographs",)
+        if unusable:
+            self.notes += (f"{len(unusable)} files left out, first: {unusable[0]}",)
 
     def __len__(self) -> int:
         return len(self.pyramids)

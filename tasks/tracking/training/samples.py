@@ -1,6 +1,6 @@
 """One training sample as a pure function of its number: drawn, cropped, varied, labelled.
 
-    pair -> crops (the search's jittered) -> augmentation -> mask of the template, cells of the search
+    pair -> crops, that of the search jittered -> augmentation -> cells that the object touches
 
 Sample n uses a generator seeded by (seed, n) and nothing else, so it does not matter which process
 makes it, in which order, or whether the run was interrupted before. A draw that cannot be used,

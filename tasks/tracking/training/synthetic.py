@@ -69,6 +69,7 @@ class SyntheticPairs:
     def __init__(self, photographs: Photographs, unit: float) -> None:
         self.photographs = photographs
         self.unit = unit
+        self.notes = photographs.notes
         # Drawing a shape takes as long as painting it.
         shapes = np.random.default_rng(0)
         self._outlines = [draw_outline(shapes) for _ in range(OUTLINES)]
