@@ -168,15 +168,24 @@ def average(scores: Sequence[Figures]) -> Scores:
     if not scores:
         raise DataError("no sequence to average over")
     rules = scores[0].protocol
-    curves = Curves(
-        *(
-            _mean([getattr(score.curves, name) for score in scores], rules.drops_failures)
-            for name in ("success", "precision", "norm_precision")
-        )
-    )
+    curves = mean_curves(scores, rules.drops_failures)
     dropped = sum(not score.curves.success.any() for score in scores)
     dropped = dropped if rules.drops_failures else 0
     return Scores(curves, rules, sequences=len(scores), dropped=dropped)
+
+
+def mean_curves(scores: Sequence[Figures], drops_failures: bool = False) -> Curves:
+    """Return mean curves; where failures are dropped, of those with a success if there are any."""
+
+    def mean(curves: list[Values]) -> Values:
+        some = [curve for curve in curves if curve.any()] if drops_failures else curves
+        return np.mean(some or curves, axis=0)
+
+    return Curves(
+        success=mean([score.curves.success for score in scores]),
+        precision=mean([score.curves.precision for score in scores]),
+        norm_precision=mean([score.curves.norm_precision for score in scores]),
+    )
 
 
 def share_above(values: Values, thresholds: Values) -> Values:
@@ -190,12 +199,6 @@ def share_within(errors: Values, thresholds: Values) -> Values:
     """Return for each threshold the share of errors not above it; nan is within none."""
     first = np.searchsorted(thresholds, np.where(np.isnan(errors), np.inf, errors), side="left")
     return np.bincount(first, minlength=len(thresholds) + 1).cumsum()[:-1] / len(errors)
-
-
-def _mean(curves: list[Values], drops_failures: bool) -> Values:
-    """Return the mean curve, of those with a success if the others are dropped."""
-    some = [curve for curve in curves if curve.any()] if drops_failures else curves
-    return np.mean(some or curves, axis=0)
 
 
 def _columns(what: str, boxes: Boxes) -> Columns:

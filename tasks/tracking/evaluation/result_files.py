@@ -8,12 +8,11 @@
 | trackingnet | comma, two decimals | - |
 
 Any of them is read, with tabs, commas or spaces. Boxes are in the convention of the benchmark's
-own annotations (LaSOT: the first pixel is 1, 1); `in_file_convention` brings a tracker's there.
+own annotations (LaSOT: the first pixel is 1, 1); `Sequence.in_file` brings a tracker's there.
 Nothing is rounded beyond the decimals unless asked: old tools truncate to whole pixels, which
 costs small targets accuracy.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -22,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 from jaxtyping import Float
 
-from visionlora.errors import DataError
+from tasks.tracking.sequences.text import read_rows
 from visionlora.io.atomic import write_text_atomically
 
 FormatName = Literal["pytracking", "lasot", "got10k", "trackingnet"]
@@ -49,11 +48,6 @@ FORMATS: dict[FormatName, Format] = {
     "got10k": Format(",", 4),
     "trackingnet": Format(",", 2),
 }
-
-
-def in_file_convention(boxes: npt.ArrayLike, origin: float) -> Boxes:
-    """Return 0-based `xywh` boxes with the first pixel at `origin`."""
-    return np.asarray(boxes, dtype=np.float64) + np.array([origin, origin, 0.0, 0.0])
 
 
 def write_boxes(
@@ -87,53 +81,12 @@ def read_boxes(path: str | Path) -> Boxes:
     Raises:
         DataError: the file is missing or empty, or a line is not four numbers.
     """
-    return read_table(path, columns=4)
+    return read_rows(Path(path), (4,))
 
 
 def read_times(path: str | Path) -> Float[np.ndarray, "frames repeats"]:
     """Read the seconds of each frame, one column per repetition."""
-    return read_table(path)
-
-
-def read_table(path: str | Path, columns: int | None = None) -> Float[np.ndarray, "rows columns"]:
-    """Read lines of numbers, all of the same count, `columns` if that is given."""
-    path = Path(path)
-    try:
-        lines = path.read_text(encoding="utf-8-sig").rstrip().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not a text file"
-        raise DataError(f"cannot read {path}: {reason}") from error
-    if not lines:
-        raise DataError(f"{path} is empty")
-    rows = [line.replace(",", " ").split() for line in lines]
-    width = columns or len(rows[0])
-    try:
-        if {len(row) for row in rows} != {width}:
-            raise ValueError
-        table = np.array([[float(word) for word in row] for row in rows])
-        if np.isinf(table).any():
-            raise ValueError
-    except ValueError:
-        raise _first_fault(path, lines, rows, width) from None
-    return table
-
-
-def _first_fault(
-    path: Path, lines: Sequence[str], rows: Sequence[Sequence[str]], width: int
-) -> DataError:
-    """Name the first line that cannot be read."""
-    for number, (line, row) in enumerate(zip(lines, rows, strict=True), start=1):
-        if len(row) != width or not all(map(_is_number, row)):
-            wanted = "x, y, w, h" if width == 4 else f"{width} number{'s' * (width != 1)}"
-            return DataError(f"{path}, line {number}: expected {wanted}, got {line.strip()[:60]!r}")
-    raise AssertionError(path)
-
-
-def _is_number(word: str) -> bool:
-    try:
-        return abs(float(word)) != float("inf")
-    except ValueError:
-        return False
+    return read_rows(Path(path), (1, 2, 3))
 
 
 def _rounded(boxes: Boxes, rounding: Rounding) -> Boxes:
