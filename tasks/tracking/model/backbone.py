@@ -14,13 +14,12 @@ import re
 from pathlib import Path
 from typing import Any
 
-import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from tasks.tracking.model.tensors import fill, read_tensors
 from tasks.tracking.model.variants import Variant
-from visionlora.errors import ConfigError, DataError
+from visionlora.errors import ConfigError
 
 HUB = "hub"
 RANDOM = "random"
@@ -45,13 +44,13 @@ def load_backbone(
         DataError: a file of something else.
     """
     if torch.device(device).type == "meta":
-        return _blank(variant, device)
+        return blank(variant, device)
     if weights == RANDOM:
         logger.warning("%s: random backbone, for timing and tests only", variant.name)
-        return _blank(variant, device)
+        return blank(variant, device)
     if weights == HUB:
         return _from_hub(variant).to(device).requires_grad_(False)
-    backbone = _blank(variant, "cpu")
+    backbone = blank(variant, "cpu")
     path = Path(weights).expanduser()
     if not path.is_file():
         raise ConfigError(
@@ -60,30 +59,6 @@ def load_backbone(
         )
     fill(backbone, from_dinov2(read_tensors(path)), f"{path} does not hold {variant.backbone}")
     return backbone.to(device)
-
-
-def read_tensors(path: str | Path) -> dict[str, Tensor]:
-    """Return the named tensors of a file: safetensors by its content, else a pickle of tensors.
-
-    Raises:
-        DataError: it is missing, damaged, or holds something else.
-    """
-    path = Path(path)
-    try:
-        with path.open("rb") as stream:
-            start = stream.read(9)
-        if start[8:9] == b"{":  # eight bytes give the length of the JSON header
-            return safetensors.torch.load_file(path)
-        found = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # unpicklers raise anything
-        raise DataError(
-            f"{path} cannot be read as tensors: {str(error).splitlines()[0] if str(error) else ''}"
-        ) from error
-    if isinstance(found, dict) and isinstance(found.get("model"), dict):
-        found = found["model"]
-    if not isinstance(found, dict) or not all(isinstance(v, Tensor) for v in found.values()):
-        raise DataError(f"{path} holds no dictionary of tensors")
-    return found
 
 
 def from_dinov2(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -98,28 +73,7 @@ def timm_name(name: str) -> str:
     return name
 
 
-def fill(module: nn.Module, tensors: dict[str, Tensor], wrong: str) -> None:
-    """Copy tensors into a module; all names and shapes must fit.
-
-    Raises:
-        DataError: `wrong`, and the first thing that does not fit.
-    """
-    wanted = module.state_dict()
-    for what, names in (
-        ("lacks", wanted.keys() - tensors.keys()),
-        ("has also", tensors.keys() - wanted.keys()),
-    ):
-        if names:
-            raise DataError(f"{wrong}: it {what} {min(names)} ({len(names)} tensors in all)")
-    for name, value in wanted.items():
-        if tensors[name].shape != value.shape:
-            raise DataError(
-                f"{wrong}: {name} is {tuple(tensors[name].shape)} instead of {tuple(value.shape)}"
-            )
-    module.load_state_dict(tensors)
-
-
-def _blank(variant: Variant, device: str | torch.device) -> nn.Module:
+def blank(variant: Variant, device: str | torch.device) -> nn.Module:
     """Return a frozen backbone with random weights, the same ones every time."""
     with torch.random.fork_rng(devices=[]), torch.device(device):
         torch.manual_seed(RANDOM_SEED)
