@@ -8,7 +8,8 @@ For a box of size `w, h` and an area factor `f`, with `p = (w + h) / 2`:
 
 Pixels are resampled from whole pixels to whole pixels, so the map that the content really follows
 differs a little from the one asked for. `crop` returns it, **corrected**, and every box and label
-has to go through the corrected one: by the other, boxes are off by up to a source pixel.
+has to go through the corrected one: by the other, boxes are off by about half a pixel of the
+frame, sometimes by more than one.
 
 Context: Bertinetto et al., "Fully-Convolutional Siamese Networks for Object Tracking", 2016,
 arXiv:1606.09549. Filled by the mean of the frame, corrected as in LoRAT, 2024, arXiv:2403.05231.
@@ -89,11 +90,11 @@ def crop(
     source = clip(rasterise(mapping.invert(target)), width, height).astype(np.int64)
 
     out = fill.float()[:, None, None].repeat(1, out_size, out_size)
-    to, seen = target[2:] - target[:2], source[2:] - source[:2]
-    if min(*to, *seen) < 1:
+    shown, seen = target[2:] - target[:2], source[2:] - source[:2]
+    if min(*shown, *seen) < 1:
         return out, mapping
     (x1, y1, x2, y2), (u1, v1, u2, v2) = source.tolist(), target.tolist()
     pixels = image[None, :, y1:y2, x1:x2].float()
     out[:, v1:v2, u1:u2] = F.interpolate(pixels, (v2 - v1, u2 - u1), mode="bilinear")[0]
-    scale = to / seen
+    scale = shown / seen
     return out, Mapping(scale, target[:2] - source[:2] * scale)
