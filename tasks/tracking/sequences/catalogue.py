@@ -127,7 +127,10 @@ def find_sequences(
     """
     entry = _entry(benchmark, BENCHMARKS, "benchmark")
     path = check_root(root, entry.title, entry.layout)
-    found = entry.find(path)
+    try:
+        found = entry.find(path)
+    except OSError as error:
+        raise DataError(f"{entry.title}: cannot read {error.filename}: {error.strerror}") from error
     if not found:
         raise DataError(f"{entry.title}: no sequences in {path}; expected {entry.layout}")
     official = entry.names(path)

@@ -4,7 +4,8 @@
 <root>/annotations/instances_train2017.json
 <root>/train2017/000000000009.jpg ...          or <root>/images/train2017/...
 ```
-Groups of objects (`iscrowd`) are left out.
+Groups of objects (`iscrowd`) are left out. Tracks of one photograph have its name, so that a
+sampler can choose photographs first.
 """
 
 from collections.abc import Iterator
@@ -31,20 +32,20 @@ def read_training(root: Path) -> Iterator[Track]:
     folder = next((f for f in (root / SPLIT, root / "images" / SPLIT) if f.is_dir()), None)
     if folder is None:
         raise DataError(f"COCO: no images in {root}; expected {LAYOUT}")
-    boxes: dict[int, list[tuple[int, list[float]]]] = {}
+    boxes: dict[int, list[list[float]]] = {}
     images: dict[int, tuple[str, int, int]] = {}
     try:
         for key, entry in elements(file, ("images", "annotations")):
             if key == "images":
                 images[entry["id"]] = (entry["file_name"], entry["width"], entry["height"])
             elif not entry.get("iscrowd", 0):
-                boxes.setdefault(entry["image_id"], []).append((entry["id"], entry["bbox"]))
+                boxes.setdefault(entry["image_id"], []).append(entry["bbox"])
         for image, objects in boxes.items():
-            name, *size = images[image]
+            name, width, height = images[image]
             frames = (folder / name,)
-            for number, box in objects:
+            for box in objects:
                 row = np.array([box], dtype=np.float64).reshape(1, 4)
-                track = clean(str(number), frames, row, None, (size[0], size[1]), "coco")
+                track = clean(frames[0].stem, frames, row, None, (width, height), "coco")
                 if track is not None:
                     yield track
     except (KeyError, TypeError, ValueError, AttributeError) as error:

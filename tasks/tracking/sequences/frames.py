@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import overload
 
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from tasks.tracking.sequences.found import few
 from tasks.tracking.sequences.sequence import Frames
@@ -92,14 +92,16 @@ def natural(name: str) -> tuple[tuple[int, str], ...]:
 
 
 def image_size(path: Path) -> tuple[int, int]:
-    """Return width and height from the head of an image file.
+    """Return width and height of the upright image, from the head of its file.
 
     Raises:
         DataError: the file is missing or is not an image.
     """
     try:
         with Image.open(path) as image:
-            return image.size
+            width, height = image.size
+            lying = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+            return (height, width) if lying else (width, height)
     except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
         raise DataError(f"cannot read the image {path}: {error}") from error
 

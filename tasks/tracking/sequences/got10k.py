@@ -39,7 +39,10 @@ def names(root: Path, split: str) -> tuple[str, ...]:
     """Return the sequences of `list.txt`, or of the folder where there is no such file."""
     home = _home(root, split)
     if (home / "list.txt").is_file():
-        return tuple(read_names(home / "list.txt"))
+        listed = tuple(read_names(home / "list.txt"))
+        if wrong := next((name for name in listed if Path(name).name != name), None):
+            raise DataError(f"{home / 'list.txt'}: {wrong!r} is not the name of a folder")
+        return listed
     return tuple(folder.name for folder in folders(home) if folder.name.startswith("GOT-10k_"))
 
 

@@ -70,6 +70,7 @@ class Track:
     """One object over the frames of a video (or one photograph), cleaned for training."""
 
     name: str
+    """Of the video or photograph; all its tracks share it."""
     frames: Frames
     boxes: Float[np.ndarray, "n 4"]
     """Clipped to the image; NaN where the object does not exist."""

@@ -64,9 +64,10 @@ def write_trackingnet(
 def write_otb(
     video: Path, first: int, count: int, file: str = "groundtruth_rect.txt"
 ) -> np.ndarray:
-    """A video of OTB with frames 1 to the last one that has a box."""
+    """A video of OTB with frames before the first one that has a box."""
     boxes = moving(count)
-    write_frames(video / "img", (f"{i:04d}.jpg" for i in range(1, first + count)))
+    numbers = range(max(1, first - 2), first + count)
+    write_frames(video / "img", (f"{i:04d}.jpg" for i in numbers))
     write_lines(video / file, boxes, separator="\t")
 
 

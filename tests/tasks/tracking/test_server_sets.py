@@ -45,13 +45,20 @@ def test_got10k_list_says_what_has_to_be_there(tmp_path):
     assert selection.missing == ("GOT-10k_Val_000003",)
 
 
+def test_got10k_list_holds_names_not_paths(tmp_path):
+    write_got10k(tmp_path / "val" / "GOT-10k_Val_000001")
+    (tmp_path / "val" / "list.txt").write_text("../val/GOT-10k_Val_000001\n")
+    with pytest.raises(DataError, match="is not the name of a folder"):
+        load_benchmark("got10k_val", tmp_path)
+
+
 def test_vot_safe_list_is_7086_of_9335_places():
     names = tuple(f"GOT-10k_Train_{i:06d}" for i in range(1, 9336))
     chosen = got10k.vot_safe(names)
     assert len(set(chosen)) == len(chosen) == 7086
     assert chosen[0] == "GOT-10k_Train_000001"
     assert "GOT-10k_Train_000005" not in chosen
-    with pytest.raises(DataError, match="all 9335 of train/list.txt, and 9334 are listed"):
+    with pytest.raises(DataError, match=r"all 9335 of train/list.txt, and 9334 are listed"):
         got10k.vot_safe(names[:-1])
 
 
@@ -70,5 +77,5 @@ def test_trackingnet_without_frames_says_where_they_belong(tmp_path):
     write_trackingnet(tmp_path / "TEST", "abc_0", count=2)
     write_frames(tmp_path / "TEST" / "frames" / "other", ("0.jpg",))
     (tmp_path / "TEST" / "frames" / "abc_0").rename(tmp_path / "elsewhere")
-    with pytest.raises(DataError, match="no frames in .*TEST/frames/abc_0"):
+    with pytest.raises(DataError, match=r"no frames in .*TEST/frames/abc_0"):
         load_benchmark("trackingnet", tmp_path)
