@@ -1,18 +1,19 @@
 """Success, precision and normalised precision curves, and AUC by attribute, as PNG.
 
 Colours are Okabe and Ito's, which people with colour-blindness can tell apart; lines also differ
-by their dashes. Legends are sorted by the figure they show. matplotlib draws without a display.
+by their dashes. A tracker looks the same in all pictures, and legends are sorted by the figure they
+show. The thin vertical line is where that figure is read. matplotlib draws without a display.
 """
 
 from collections.abc import Sequence
 from functools import partial
-from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from tasks.tracking.evaluation.metrics import (
+    AT_20,
     NORM_PRECISION_THRESHOLDS,
     PRECISION_THRESHOLDS,
     SUCCESS_THRESHOLDS,
@@ -57,7 +58,7 @@ def plot(evaluations: Sequence[Evaluation], folder: Path) -> list[Path]:
             ("Normalised precision", "normalised centre error threshold", "frames within (%)"),
         ),
     }
-    if max(len(item.by_attribute) for item in evaluations) >= LEAST_AXES:
+    if len(evaluations[0].by_attribute) >= LEAST_AXES:
         pictures["attributes.png"] = _radar(evaluations)
     return [
         write_atomically(folder / name, partial(_save, drawn)) for name, drawn in pictures.items()
@@ -74,41 +75,46 @@ def _curves(
     title, x, y = words
     drawn = _figure(6.4, 4.8)
     axes = drawn.add_subplot()
+    styles = _styles(evaluations)
     ranked = sorted(evaluations, key=lambda item: -getattr(item.mean, figure))
-    for item, (colour, dash) in zip(ranked, _styles(), strict=False):
+    for item in ranked:
         label = f"{item.tracker} [{getattr(item.mean, figure):.1f}]"
         values = 100 * getattr(item.mean.curves, curve)
-        axes.plot(thresholds, values, color=colour, linestyle=dash, linewidth=2, label=label)
+        axes.plot(thresholds, values, label=label, linewidth=2, **styles[item.tracker])
+    whole = ranked[0].protocol.norm_precision == "mean of curve"
+    if figure == "precision" or (figure == "norm_precision" and not whole):
+        axes.axvline(thresholds[AT_20], color="0.5", linewidth=0.8)
     axes.set(xlabel=x, ylabel=y, title=_title(title, ranked))
     axes.set(xlim=(0, thresholds[-1]), ylim=(0, 102))
     axes.grid(color="0.88")
-    corner = "lower left" if curve == "success" else "lower right"
-    _legend(axes, len(ranked), {"loc": corner})
+    outside = {"loc": "upper left", "bbox_to_anchor": (1.01, 1.0), "frameon": False}
+    axes.legend(fontsize=9, **(outside if len(ranked) > INSIDE else {"loc": "best"}))
     return drawn
 
 
 def _radar(evaluations: Sequence[Evaluation]) -> "Figure":
     ranked = sorted(evaluations, key=lambda item: -item.mean.auc)
-    names = list(dict.fromkeys(name for item in ranked for name in item.by_attribute))
+    styles = _styles(evaluations)
+    names = list(ranked[0].by_attribute)
     angles = 2 * np.pi * np.arange(len(names)) / len(names)
     drawn = _figure(7.4, 6.0)
     axes: Any = drawn.add_subplot(projection="polar")
     axes.set(theta_offset=np.pi / 2, theta_direction=-1)
+    around = np.append(angles, angles[0])
     greatest = 0.0
-    for item, (colour, dash) in zip(ranked, _styles(), strict=False):
+    for item in ranked:
         values = np.array([item.by_attribute[name].auc for name in names])
         greatest = max(greatest, float(values.max()))
-        closed = np.append(values, values[0])
         label = f"{item.tracker} [{item.mean.auc:.1f}]"
-        around = np.append(angles, angles[0])
-        axes.plot(around, closed, color=colour, linestyle=dash, linewidth=2, label=label)
+        closed = np.append(values, values[0])
+        axes.plot(around, closed, label=label, linewidth=2, **styles[item.tracker])
     counts = ranked[0].by_attribute
     axes.set_xticks(angles, [f"{name}\n{counts[name].sequences}" for name in names])
-    axes.set_ylim(0, max(10.0, 10 * np.ceil(greatest / 10)))
+    axes.set_ylim(0, 10 * np.ceil((greatest + 3) / 10))
     axes.set_rlabel_position(180 / len(names))
     axes.tick_params(axis="y", labelsize=8, labelcolor="0.4")
     axes.grid(color="0.88")
-    axes.set_title(_title("AUC by attribute", ranked), pad=24)
+    axes.set_title(_title("AUC by attribute", ranked), pad=16)
     axes.legend(loc="upper left", bbox_to_anchor=(1.08, 1.0), frameon=False)
     return drawn
 
@@ -119,17 +125,16 @@ def _title(what: str, ranked: Sequence[Evaluation]) -> str:
     return f"{what}: {first.benchmark}, {count} sequences, protocol {first.protocol.name}"
 
 
-def _styles() -> Any:
-    """Yield a colour and a dash pattern per tracker; the first dozens differ in one of them."""
-    colours = cycle(COLOURS)
-    for place in cycle(range(len(COLOURS) * len(DASHES))):
-        shift = place // len(COLOURS)
-        yield next(colours), DASHES[(place + shift) % len(DASHES)]
-
-
-def _legend(axes: Any, count: int, inside: dict[str, Any]) -> None:
-    outside = {"loc": "upper left", "bbox_to_anchor": (1.01, 1.0)}
-    axes.legend(**(inside if count <= INSIDE else outside), fontsize=9, framealpha=0.9)
+def _styles(evaluations: Sequence[Evaluation]) -> dict[str, dict[str, Any]]:
+    """Return colour and dashes of every tracker, by its place in AUC; 28 pairs are different."""
+    ranked = sorted(evaluations, key=lambda item: -item.mean.auc)
+    return {
+        item.tracker: {
+            "color": COLOURS[place % len(COLOURS)],
+            "linestyle": DASHES[place % len(DASHES)],
+        }
+        for place, item in enumerate(ranked)
+    }
 
 
 def _figure(width: float, height: float) -> "Figure":

@@ -47,7 +47,7 @@ def write_report(evaluations: Sequence[Evaluation], folder: str | Path) -> list[
 def markdown(evaluations: Sequence[Evaluation]) -> str:
     """Return the whole report as Markdown, readable in a terminal, too."""
     parts = [table(evaluations)]
-    if any(item.by_attribute for item in evaluations):
+    if evaluations[0].by_attribute:
         parts.append(attribute_table(evaluations))
     parts.append(explanation(evaluations[0].protocol))
     return "\n\n".join(parts) + "\n"
@@ -73,13 +73,11 @@ def table(evaluations: Sequence[Evaluation]) -> str:
 def attribute_table(evaluations: Sequence[Evaluation]) -> str:
     """Return AUC over the sequences with each attribute, one column per tracker."""
     ranked = _ranked(evaluations)
-    names = dict.fromkeys(name for item in ranked for name in item.by_attribute)
     head = [f"AUC ({ranked[0].protocol.name})", "#seq", *(item.tracker for item in ranked)]
-    rows = []
-    for name in names:
-        means = [item.by_attribute.get(name) for item in ranked]
-        count = max(mean.sequences for mean in means if mean)
-        rows.append([name, str(count), *(_number(mean.auc if mean else None) for mean in means)])
+    rows = [
+        [name, str(mean.sequences), *(_number(item.by_attribute[name].auc) for item in ranked)]
+        for name, mean in ranked[0].by_attribute.items()
+    ]
     return _aligned([head, *rows], texts=1)
 
 

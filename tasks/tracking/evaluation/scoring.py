@@ -17,6 +17,7 @@ from tasks.tracking.evaluation.metrics import (
 from tasks.tracking.evaluation.protocols import Protocol, get_protocol
 from tasks.tracking.evaluation.result_folder import Result
 from tasks.tracking.sequences.frames import image_size
+from tasks.tracking.sequences.lasot import ATTRIBUTES
 from tasks.tracking.sequences.sequence import Sequence as Video
 from visionlora.errors import DataError
 
@@ -45,13 +46,14 @@ class Evaluation:
 
     @cached_property
     def by_attribute(self) -> dict[str, Scores]:
-        """Means over the sequences with each attribute, in the order in which these appear."""
-        names = dict.fromkeys(name for flags in self.attributes.values() for name in flags)
+        """Means over the sequences with each attribute, LaSOT's in the order of its paper."""
+        there = {name for flags in self.attributes.values() for name in flags}
+        names = [name for name in ATTRIBUTES if name in there]
         return {
             name: average(
                 [score for key, score in self.sequences.items() if name in self.attributes[key]]
             )
-            for name in names
+            for name in names + sorted(there - set(names))
         }
 
 
