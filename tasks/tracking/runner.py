@@ -142,7 +142,7 @@ def track_all(
                         yield failed
                     else:
                         lanes.append(lane)
-                yield from _finished(lanes)
+                    yield from _finished(lanes)  # a video may have a single frame
                 yield from _step(lanes, lockstep, ahead, on_frames)
                 yield from _finished(lanes)
         finally:

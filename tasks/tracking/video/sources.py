@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 
 from tasks.tracking.images import Frame, read_image
@@ -20,6 +21,8 @@ from tasks.tracking.sequences.folder import IMAGES
 from tasks.tracking.sequences.frames import SUFFIXES, listed
 from visionlora.errors import DataError, nearest
 
+# FFmpeg reads this once, when the first video is opened; -8 is quiet.
+os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
 FPS = 30.0
 """Speed of what does not say its own."""
 
@@ -73,14 +76,14 @@ def _images(files: tuple[Path, ...]) -> Iterator[Frame]:
 
 
 def _file(path: Path) -> Source:
-    if path.suffix.lower() in SUFFIXES - {".gif"}:
+    if path.suffix.lower() in set(SUFFIXES) - {".gif"}:
         raise DataError(f"{path} is a single image; give the folder of all frames, or a video file")
     capture = _opened(str(path))
     frames = _captured(capture)
     first = next(frames, None)
     if first is None:
         raise DataError(f"cannot decode {path}: it no video, damaged, or of an unknown codec")
-    count = int(capture.get(_cv2().CAP_PROP_FRAME_COUNT))
+    count = int(capture.get(cv2.CAP_PROP_FRAME_COUNT))
     return Source(path.stem, _with(first, frames), count if count > 0 else None, _fps(capture))
 
 
@@ -110,19 +113,17 @@ def _captured(capture: Any) -> Iterator[Frame]:
 
 
 def _fps(capture: Any) -> float:
-    fps = float(capture.get(_cv2().CAP_PROP_FPS))
+    fps = float(capture.get(cv2.CAP_PROP_FPS))
     # Containers without a clock say 0, nan, or the number of ticks per second.
     return fps if 1 <= fps <= 1000 else FPS
 
 
 def _opened(what: str | int) -> Any:
-    return _cv2().VideoCapture(what)
-
-
-def _cv2() -> Any:
-    """Return OpenCV, which would print its own complaints beside our one line."""
-    os.environ.setdefault("OPENCV_LOG_LEVEL", "OFF")
-    os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
-    import cv2
-
-    return cv2
+    """Open a capture; OpenCV's own complaints are left out, ours follow."""
+    logging: Any = cv2.utils.logging
+    level = logging.getLogLevel()
+    logging.setLogLevel(logging.LOG_LEVEL_SILENT)
+    try:
+        return cv2.VideoCapture(what)
+    finally:
+        logging.setLogLevel(level)
