@@ -15,9 +15,9 @@ so these two are written out.
 Order and figures: LoRAT, 2024, arXiv:2403.05231.
 """
 
-from typing import NamedTuple
+import os
+from typing import Any, NamedTuple
 
-import albumentations as A
 import cv2
 import numpy as np
 from jaxtyping import Float, UInt8
@@ -54,20 +54,7 @@ class Augmentation:
 
     def __init__(self, third: float = 1.0) -> None:
         self.third = third
-        self._one_of = A.Compose(
-            [
-                A.OneOf(
-                    [
-                        A.ToGray(method="weighted_average", p=1),
-                        A.Solarize(threshold_range=(THRESHOLD, THRESHOLD), p=1),
-                        A.GaussianBlur(blur_limit=0, sigma_limit=RADIUS, p=1),
-                    ],
-                    p=1,
-                )
-            ],
-            additional_targets={"search": "image"},
-            is_check_shapes=False,
-        )
+        self._one_of = _one_of_three()
 
     def __call__(
         self, template: Crop, search: Crop, rng: np.random.Generator
@@ -85,6 +72,21 @@ class Augmentation:
             for pixels, crop in zip(images, crops, strict=True)
         )
         return one, two
+
+
+def _one_of_three() -> Any:
+    """Return the third step, for `image` and `search`."""
+    # Importing it would ask a package index for news otherwise; it takes a second as it is.
+    os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
+    import albumentations as A
+
+    steps = [
+        A.ToGray(method="weighted_average", p=1),
+        A.Solarize(threshold_range=(THRESHOLD, THRESHOLD), p=1),
+        A.GaussianBlur(blur_limit=0, sigma_limit=RADIUS, p=1),
+    ]
+    targets = {"search": "image"}
+    return A.Compose([A.OneOf(steps, p=1)], additional_targets=targets, is_check_shapes=False)
 
 
 def flip(crop: Crop) -> Crop:

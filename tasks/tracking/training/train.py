@@ -137,7 +137,10 @@ def train(
     assert config.checkpoint_every is not None
     model.to(device).train()
     recipe = config.recipe
-    if recipe is not None and recipe.init is not None and recipe.init.needs:
+    # Weights to start from are a start of their own.
+    if config.looks_at_data and config.weights is None:
+        assert recipe is not None
+        assert recipe.init is not None
         seen = (_to(batches(step), device) for step in range(config.init_batches or 0))
         vl.initialise(model, recipe.init, seen, pair_loss)
     optimizer = build_optimizer(model, config.lr, config.weight_decay)
