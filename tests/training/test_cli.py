@@ -43,6 +43,10 @@ class Toy:
     """The optimiser."""
     limit_steps: int | None = None
     """Stop early."""
+    rates: list[float | Literal["auto"]] | None = None
+    """Learning rates."""
+    beside: list[Literal["probe", "cache"]] = field(default_factory=list)
+    """What is measured, too."""
     resume: bool = False
     """Continue a run."""
 
@@ -125,9 +129,13 @@ def test_help_shows_the_documentation_of_every_field(capsys):
         ("--back x", "unknown option '--back' (did you mean '--backbone'?)"),
         ("--setting base-to-ne", "--setting 'base-to-ne' is none of all, base-to-new "
                                  "(did you mean 'base-to-new'?)"),
-        ("--optim.lr fast", "--optim.lr must be float, got 'fast'"),
-        ("--limit-steps x", "--limit-steps must be int | None, got 'x'"),
-        ("--seed one", "--seed must be list[int], got 'one'"),
+        ("--optim.lr fast", "--optim.lr must be a number, got 'fast'"),
+        ("--limit-steps x", "--limit-steps must be a whole number, got 'x'"),
+        ("--seed one", "--seed must be whole numbers, got 'one'"),
+        ("--seed 1 one", "--seed must be whole numbers, got 'one'"),
+        ("--rates 0.1 fast", "--rates must be numbers or auto, got '0.1 fast'"),
+        ("--resume maybe", "--resume must be true or false, got 'maybe'"),
+        ("--beside cache prob", "--beside 'prob' is none of probe, cache (did you mean 'probe'?)"),
         ("--seed", "option '--seed' needs a value"),
         ("--backbone a b", "option '--backbone' takes one value, got a b"),
         ("tiny", "unexpected argument 'tiny'; options start with --"),

@@ -32,6 +32,9 @@ from visionlora.errors import ConfigError, VisionLoraError, nearest
 __all__ = ["parse", "run_cli"]
 
 Config = TypeVar("Config")
+WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+"""What the types of options are called in errors."""
+PLURAL = {"a whole number": "whole numbers", "a number": "numbers"}
 
 
 def run_cli(run: Callable[[], int | None]) -> NoReturn:
@@ -222,20 +225,34 @@ def _explained(message: str, options: dict[str, Any]) -> ConfigError:
     found = re.search(r'[Kk]ey "([^"]+)".*(?:Got|Given) value: (.*?)\s*$', message, flags=re.DOTALL)
     if found is None or found[1] not in options:
         return ConfigError(" ".join(message.split()))
-    kind, value = options[found[1]], found[2].splitlines()[0]
+    kind, value = options[found[1]], found[2].splitlines()[0].strip("'\"")
     name = found[1].replace("_", "-")
-    allowed = [arm for arm in get_args(kind) if _origin(arm) is Literal] or [kind]
-    others = [arm for arm in _arms(kind) if _origin(arm) not in (Literal, type(None))]
-    if _origin(allowed[0]) is Literal and others:
-        words = [str(choice) for choice in get_args(allowed[0])]
-        wanted = " or ".join([*(getattr(arm, "__name__", str(arm)) for arm in others), *words])
-        return ConfigError(f"--{name} must be {wanted}, got {value!r}")
-    if _origin(allowed[0]) is Literal:
-        choices = [str(choice) for choice in get_args(allowed[0])]
+    words, choices = _spoken(kind)
+    if value.startswith("["):  # the whole list, in which one word is wrong
+        given = [word.strip("'\" ") for word in value.strip("[]").split(",")]
+        wrong = [word for word in given if word not in choices] if choices else []
+        value = wrong[0] if wrong and not words else " ".join(given)
+    if choices and not words:
         hint = nearest(value, choices, count=1)
         return ConfigError(f"--{name} {value!r} is none of {', '.join(choices)}{hint}")
-    wanted = kind.__name__ if isinstance(kind, type) and not get_args(kind) else str(kind)
-    return ConfigError(f"--{name} must be {wanted.replace('typing.', '')}, got {value!r}")
+    return ConfigError(f"--{name} must be {' or '.join([*words, *choices])}, got {value!r}")
+
+
+def _spoken(kind: Any) -> tuple[list[str], list[str]]:
+    """Return in words what a type takes, and the words among which it lets choose."""
+    words: list[str] = []
+    choices: list[str] = []
+    for arm in _arms(kind):
+        if _origin(arm) is Literal:
+            choices += map(str, get_args(arm))
+        elif _origin(arm) in (list, tuple):
+            for item in get_args(arm):
+                several, these = _spoken(item)
+                words += [PLURAL.get(word, word) for word in several]
+                choices += these
+        elif arm not in (type(None), Ellipsis):
+            words.append(WORDS.get(arm, getattr(arm, "__name__", str(arm))))
+    return list(dict.fromkeys(words)), choices
 
 
 def _origin(kind: Any) -> Any:

@@ -70,6 +70,8 @@ class ProtocolConfig:
     """Optimiser steps of every run; default from the backbone's recipe."""
     batch_size: int = 32
     """Images per step, over all processes."""
+    text_chunk: int | None = None
+    """Encode so many prompts at a time, and again in the backward: less memory for many classes."""
     output: str | None = None
     """Folder; default runs/fewshot/protocol-<name>-<backbone>."""
     device: str = "auto"
@@ -98,6 +100,11 @@ class ProtocolConfig:
             raise ConfigError("--lr auto searches by itself; give it alone, or numbers only")
         if self.rate_seed is not None and len(self.lr or ()) < 2:
             raise ConfigError("--rate-seed chooses among several learning rates; give --lr several")
+        if self.transfers and self.baselines:
+            raise ConfigError(
+                "--baselines: frozen features alone know nothing of other classes; "
+                f"leave it out with {self.name}"
+            )
         if self.transfers and self.training in self.datasets:
             raise ConfigError(f"{self.training} is the source; leave it out of --dataset")
         for method in self.method:

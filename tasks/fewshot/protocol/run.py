@@ -60,7 +60,7 @@ def run(config: ProtocolConfig) -> dict[str, Any]:
 
 
 def _run(config: ProtocolConfig) -> dict[str, Any]:
-    backbone = load_backbone(config.backbone, config.pretrained)
+    backbone = load_backbone(config.backbone, config.pretrained, config.image_size)
     names = dict.fromkeys([*([config.training] if config.training else []), *config.datasets])
     datasets = _load([name for name in names if name is not None], config)
     check(config, backbone, datasets)

@@ -76,6 +76,8 @@ def test_a_cell_is_an_ordinary_run_with_the_options_of_the_protocol():
         ("few-shot", {"method": ["lora", "lorra"]}, "did you mean 'lora'"),
         ("few-shot", {"method": ["block-lora(layuot=grid)"]}, "did you mean 'layout'"),
         ("cross-dataset", {"dataset": ["dtd", "imagenet"]}, "imagenet is the source"),
+        ("cross-dataset", {"baselines": ["prototype"]}, "know nothing of other classes"),
+        ("few-shot", {"text_chunk": 0}, "--text-chunk must be at least 1"),
     ],
 )
 def test_what_makes_no_sense_is_refused(name, options, message):

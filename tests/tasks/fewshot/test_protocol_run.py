@@ -269,7 +269,9 @@ def test_a_cell_that_diverges_is_named_and_the_others_go_on(tmp_path, monkeypatc
 def test_without_a_text_tower_there_is_no_zero_shot_and_no_transfer(photographs, tmp_path):
     options = {"backbone": "timm:test_vit", "pretrained": "none", "method": ["lora"], "shots": [2]}
     data = photographs("data", "cat dog")
-    result = run(tmp_path / "out", "few-shot", dataset=[data], seed=[1], **options)
+    result = run(tmp_path / "out", "few-shot", dataset=[data], seed=[1], image_size=64, **options)
+    (adapter,) = (tmp_path / "out").rglob("adapter.json")
+    assert json.loads(adapter.read_text())["transform"]["size"] == 64
     assert result["zero_shot"] == {data: {}}
     assert [line["method"] for line in result["lines"]] == ["lora", "linear-probe"]
     assert "zero-shot" not in (tmp_path / "out" / "table.md").read_text()

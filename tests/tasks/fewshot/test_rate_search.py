@@ -169,7 +169,7 @@ def test_a_missing_optuna_is_said_in_one_line(tmp_path, monkeypatch):
 def test_the_option_takes_a_number_or_auto():
     assert parse(FewshotConfig, ["--lr", "auto"]).lr == AUTO
     assert parse(FewshotConfig, ["--lr", "1e-3"]).lr == 1e-3
-    with pytest.raises(ConfigError, match=r"--lr must be float or auto, got 'fast'"):
+    with pytest.raises(ConfigError, match=r"--lr must be a number or auto, got 'fast'"):
         parse(FewshotConfig, ["--lr", "fast"])
     with pytest.raises(ConfigError, match="--lr-trials belongs to --lr auto"):
         FewshotConfig(lr=1e-3, lr_trials=3)
