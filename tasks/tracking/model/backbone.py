@@ -3,6 +3,7 @@
 * `hub`: timm's copy of DINOv2, from the local cache or downloaded.
 * a file: DINOv2's own `dinov2_vitb14_pretrain.pth`, or timm's, safetensors or pickle; a pickle is
   read with `weights_only=True`. What a file is shows in its content, not in its name.
+* `embedded`: those that come with this package, for `tiny`.
 * `random`: for timing and tests; said aloud, since a tracker of random weights finds nothing.
 
 DINOv2's names are timm's but for SwiGLU (`mlp.w12` is `mlp.fc1`, `mlp.w3` is `mlp.fc2`, the same
@@ -22,6 +23,7 @@ from tasks.tracking.model.variants import Variant
 from visionlora.errors import ConfigError
 
 HUB = "hub"
+EMBEDDED = "embedded"
 RANDOM = "random"
 RANDOM_SEED = 0
 _DINOV2 = ((r"\.mlp\.w12\.", ".mlp.fc1."), (r"\.mlp\.w3\.", ".mlp.fc2."))
@@ -30,13 +32,13 @@ logger = logging.getLogger(__name__)
 
 
 def load_backbone(
-    variant: Variant, weights: str | Path, device: str | torch.device = "cpu"
+    variant: Variant, weights: str | Path | None = None, device: str | torch.device = "cpu"
 ) -> nn.Module:
     """Return the ViT of a variant in timm's form, frozen.
 
     Args:
         variant: which one.
-        weights: `hub`, `random` or a file.
+        weights: `hub`, `embedded`, `random` or a file; default the first that there is.
         device: where it is built; on `meta` it has no values, whatever `weights` says.
 
     Raises:
@@ -48,14 +50,17 @@ def load_backbone(
     if weights == RANDOM:
         logger.warning("%s: random backbone, for timing and tests only", variant.name)
         return blank(variant, device)
-    if weights == HUB:
-        return _from_hub(variant).to(device).requires_grad_(False)
+    usual = EMBEDDED if variant.embedded else HUB
+    weights = weights or usual
+    if weights == usual:
+        found = _embedded() if variant.embedded else _from_hub(variant)
+        return found.to(device).requires_grad_(False)
     backbone = blank(variant, "cpu")
     path = Path(weights).expanduser()
     if not path.is_file():
         raise ConfigError(
-            f"backbone weights {str(weights)!r} of {variant.name} are no file; give {HUB}, "
-            f"{RANDOM}, or a file such as {variant.file}"
+            f"backbone weights {str(weights)!r} of {variant.name} are no file; give {usual}, "
+            f"{RANDOM}, or a file{f' such as {variant.file}' if variant.file else ''}"
         )
     fill(backbone, from_dinov2(read_tensors(path)), f"{path} does not hold {variant.backbone}")
     return backbone.to(device)
@@ -84,11 +89,21 @@ def blank(variant: Variant, device: str | torch.device) -> nn.Module:
 def _create(variant: Variant, **options: Any) -> nn.Module:
     import timm  # takes a second
 
+    if variant.embedded:
+        from tasks.shared.tiny_vit.model import TinyViT
+
+        return TinyViT()
     # timm's own positions, drop-path and size checks are not used: LoRAT has its own.
     backbone: nn.Module = timm.create_model(
         variant.backbone, num_classes=0, dynamic_img_size=True, **options
     )
     return backbone
+
+
+def _embedded() -> nn.Module:
+    from tasks.shared.tiny_vit import load_tiny_vit
+
+    return load_tiny_vit()
 
 
 def _from_hub(variant: Variant) -> nn.Module:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 import visionlora as vl
-from tasks.tracking.model.backbone import HUB, blank, load_backbone
+from tasks.tracking.model.backbone import blank, load_backbone
 from tasks.tracking.model.embedding import PosMode
 from tasks.tracking.model.export import layout_of
 from tasks.tracking.model.keys import Layout
@@ -47,7 +47,7 @@ def build(
         variant: a name of `VARIANTS`.
         method: recipe of the adapter; None trains types and head alone.
         weights: a trained tracker, in LoRAT's published format or in this project's.
-        backbone_weights: `hub`, `random` or a file; default the hub.
+        backbone_weights: `hub`, `embedded` (tiny), `random` or a file, see `backbone.py`.
         pos_mode: how positions come to the search grid, see `embedding.py`.
         seed: of token types, head and adapter.
         device: where it ends up; `meta` for counting only.
@@ -64,7 +64,7 @@ def build(
     if isinstance(file, Released) and file.frozen and backbone_weights is None:
         backbone = blank(variant, where)  # the file has it
     else:
-        backbone = load_backbone(variant, backbone_weights or HUB, where)
+        backbone = load_backbone(variant, backbone_weights, where)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = LoRAT(backbone, variant.shape, pos_mode=pos_mode, drop_path=variant.drop_path)

@@ -19,8 +19,11 @@ from dataclasses import dataclass
 from visionlora.errors import ConfigError, nearest
 
 TINY = "tiny"
+TINY_VIT = "tiny-vit"
 RANK = 64
 """Rank of LoRAT's adapters on DINOv2."""
+TINY_RANK = 16
+"""The same share of the width."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +98,11 @@ class Variant:
         return self.into != self.out_of
 
     @property
+    def embedded(self) -> bool:
+        """Whether the backbone's weights come with this package."""
+        return self.backbone == TINY_VIT
+
+    @property
     def macs(self) -> int:
         """Multiply-adds of one frame with merged adapters, template included.
 
@@ -152,3 +160,16 @@ def _dinov2(size: str, px: str) -> Variant:
 
 
 VARIANTS = {variant.name: variant for variant in (_dinov2(s, px) for px in _SHAPES for s in _SIZES)}
+VARIANTS[TINY] = Variant(
+    name=TINY,
+    backbone=TINY_VIT,
+    shape=TrackerShape(template_px=128, search_px=256, patch=16),
+    width=192,
+    depth=6,
+    heads=3,
+    into=768,
+    out_of=768,
+    rank=TINY_RANK,
+    # four convolutions of stride 2, to 24, 48, 96 and 192 channels
+    patch_macs=9 * (64 * 3 * 24 + 16 * 24 * 48 + 4 * 48 * 96 + 96 * 192),
+)

@@ -6,6 +6,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import visionlora as vl
 from tasks.tracking.model import VARIANTS, backbone, build, find_variant
+from tasks.tracking.model.build import KNOWN
+from tasks.tracking.model.export import layout_of
 from tests.tasks.tracking.lorats import SMALL, vit
 from visionlora.errors import ConfigError
 
@@ -49,7 +51,7 @@ def test_multiply_adds_are_those_of_the_paper(name: str, billions: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["lorat-s-224", pytest.param("lorat-g-378", marks=pytest.mark.slow)]
+    "name", ["tiny", "lorat-s-224", pytest.param("lorat-g-378", marks=pytest.mark.slow)]
 )
 def test_multiply_adds_are_what_the_model_does(name: str) -> None:
     variant, model = VARIANTS[name], build(name, method=None, device="meta")
@@ -62,6 +64,15 @@ def test_multiply_adds_are_what_the_model_does(name: str) -> None:
     with FlopCounterMode(display=False) as counter:
         model(template, search, mask)
     assert counter.get_total_flops() == 2 * variant.macs
+
+
+def test_tiny_is_what_its_table_says() -> None:
+    variant, model = VARIANTS["tiny"], build("tiny", device="meta")
+    assert KNOWN["tiny"] == layout_of(model)
+    assert model.blocks[0].attn.num_heads == variant.heads
+    trained = sum(item.numel() for _, item in vl.trainable_parameters(model))
+    d, rank = variant.width, variant.rank
+    assert trained == 6 * 18 * rank * d + (4 * d * d + 9 * d + 5) + 3 * d
 
 
 def test_sizes_of_crops() -> None:
