@@ -23,10 +23,16 @@ from tasks.tracking.model import keys
 from tasks.tracking.model.keys import Layout
 from tasks.tracking.model.lorat import LoRAT
 from tasks.tracking.model.tensors import fill, read_tensors
+from tasks.tracking.model.variants import VARIANTS
 from visionlora.errors import AdapterFileError
 
 ADAPTER = "default"
 """Name of the adapter inside a tracker."""
+LAYOUTS = {
+    name: Layout(item.width, item.depth, item.into, item.out_of, item.shape.search_grid)
+    for name, item in VARIANTS.items()
+}
+"""Layouts of the variants, to say which of them a file is for."""
 
 
 @dataclass(frozen=True)
@@ -44,20 +50,19 @@ class Released:
     frozen: Mapping[str, Tensor]
     """Backbone and positions, or nothing."""
 
-    def check(self, layout: Layout, name: str, known: Mapping[str, Layout]) -> None:
+    def check(self, layout: Layout, name: str) -> None:
         """Refuse a model of another layout.
 
         Args:
             layout: the model's.
             name: what to call the model.
-            known: layouts by name, to say which one the file is for.
 
         Raises:
             AdapterFileError: naming what the file is for.
         """
         if _agree(self.layout, layout):
             return
-        fitting = [other for other, item in known.items() if _agree(self.layout, item)]
+        fitting = [other for other, item in LAYOUTS.items() if _agree(self.layout, item)]
         what = f"for {' or '.join(fitting)}" if fitting else "for another model"
         raise AdapterFileError(f"{self.path} is {what} ({self.layout}), not for {name} ({layout})")
 

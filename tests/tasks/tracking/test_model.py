@@ -9,9 +9,9 @@ from torch import Tensor
 import visionlora as vl
 from tasks.tracking.model import TRAINED, LoRAT, TrackerShape, add_adapter, backbone, build
 from tasks.tracking.model.backbone import from_dinov2
-from tasks.tracking.model.build import load_released
 from tasks.tracking.model.released import read_released
 from tasks.tracking.model.tensors import fill
+from tasks.tracking.model.trained import load_trained
 from tests.tasks.tracking.lorats import RANK, SHAPE, SMALL, WIDTH, batch, golden, tracker, vit
 from tests.tolerances import assert_close
 from visionlora.errors import ConfigError
@@ -31,7 +31,7 @@ def test_official_outputs_unmerged_and_merged(
     model = LoRAT(trunk, given.shape).eval()
     assert torch.equal(model.embedding.positions, given.tensors["pos_embed"])
     save_file(given.part("adapter"), tmp_path / "adapter.bin")
-    load_released(model, read_released(tmp_path / "adapter.bin"))
+    load_trained(model, read_released(tmp_path / "adapter.bin"))
     wanted = given.part("out")
 
     def difference() -> float:

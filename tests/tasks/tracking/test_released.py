@@ -11,14 +11,15 @@ from torch import Tensor
 
 import visionlora as vl
 from tasks.tracking.model import VARIANTS, LoRAT, add_adapter, backbone, build
-from tasks.tracking.model.build import KNOWN, load_released
 from tasks.tracking.model.export import layout_of, write_released
 from tasks.tracking.model.keys import adapted_layers, frozen_names, trained_shapes
-from tasks.tracking.model.released import read_released
+from tasks.tracking.model.released import LAYOUTS, read_released
 from tasks.tracking.model.tensors import read_tensors
+from tasks.tracking.model.trained import load_trained
 from tests.tasks.tracking.lorats import RANK, SHAPE, SMALL, WIDTH, batch, golden, tracker, vit
 from tests.tolerances import assert_close
 from visionlora.errors import AdapterFileError, ConfigError, DataError
+from visionlora.record import hosts_of
 
 
 def fresh(**options: object) -> LoRAT:
@@ -59,7 +60,7 @@ def file(tmp_path: Path) -> Path:
 def test_round_trip(tmp_path: Path, recipe: str, gated: bool) -> None:
     model, other = tracker(recipe, gated=gated), fresh(gated=gated)
     assert not same(model, other)
-    load_released(other, read_released(write_released(model, tmp_path / "t.safetensors")))
+    load_trained(other, read_released(write_released(model, tmp_path / "t.safetensors")))
     assert same(model, other)
 
 
@@ -71,7 +72,7 @@ def test_official_names_both_ways(tracking_data: Path, tmp_path: Path, kind: str
     safetensors.torch.save_file(adapter, tmp_path / "in.bin")
     file = read_released(tmp_path / "in.bin")
     model = LoRAT(vit(48, gated=given.gated, native=37), given.shape)
-    load_released(model, file)
+    load_trained(model, file)
     written = safetensors.torch.load_file(write_released(model, tmp_path / "out.bin"))
     assert written.keys() == adapter.keys() | {"use_rslora"}
     for name, value in adapter.items():
@@ -80,16 +81,16 @@ def test_official_names_both_ways(tracking_data: Path, tmp_path: Path, kind: str
 
 def test_published_files_have_as_many_tensors() -> None:
     for name, count in (("lorat-b-224", 157), ("lorat-l-378", 301), ("lorat-g-224", 493)):
-        assert 2 * len(adapted_layers(KNOWN[name])) + 13 == count
+        assert 2 * len(adapted_layers(LAYOUTS[name])) + 13 == count
 
 
 def test_without_alpha_it_is_the_rank(file: Path) -> None:
     edited(file, lambda t: (t.pop("lora_alpha"), t.pop("use_rslora")))
     model = fresh()
-    load_released(model, read_released(file))
+    load_trained(model, read_released(file))
     assert same(model, tracker())
     doubled = fresh()
-    load_released(doubled, read_released(file), f"lora(alpha={2 * RANK})")
+    load_trained(doubled, read_released(file), f"lora(alpha={2 * RANK})")
     assert not same(doubled, model)
 
 
@@ -99,7 +100,7 @@ def test_alpha_of_one_layer_counts(file: Path) -> None:
         tensors["blocks.1.mlp.fc2.lora.use_rslora"] = torch.tensor(True)
 
     model, expected = fresh(), tracker()
-    load_released(model, read_released(edited(file, change)))
+    load_trained(model, read_released(edited(file, change)))
     for module, factor in (("0.attn.proj", 2.0), ("1.mlp.fc2", RANK**0.5)):
         delta = expected.blocks.get_submodule(module).adapters["default"]["weight"]
         delta.B.data *= factor
@@ -126,7 +127,7 @@ def test_full_files_bring_the_backbone(tmp_path: Path, gated: bool) -> None:
     edited(path, lambda tensors: tensors.update(full(model)))
     torch.manual_seed(7)
     other = LoRAT(vit(gated=gated), SHAPE).eval()
-    load_released(other, read_released(path))
+    load_trained(other, read_released(path))
     assert same(model, other)
     with pytest.raises(AdapterFileError, match="lacks pos_embed"):
         read_released(edited(path, lambda tensors: tensors.pop("pos_embed")))
@@ -136,8 +137,12 @@ def test_head_alone(tmp_path: Path) -> None:
     model, other = tracker(None), fresh()
     path = write_released(model, tmp_path / "head.safetensors")
     assert len(safetensors.torch.load_file(path)) == 13
-    load_released(other, read_released(path), None)
+    load_trained(other, read_released(path))
     assert same(model, other)
+    adapted = fresh()
+    load_trained(adapted, read_released(path), "lora", rank=2)
+    assert same(model, adapted)
+    assert sum(len(host.slots) for host in hosts_of(adapted).values()) == 6 * len(model.blocks)
 
 
 def test_pickles_of_tensors_are_read_and_no_others(file: Path, tmp_path: Path) -> None:
@@ -177,18 +182,18 @@ def test_another_model_or_rank_is_refused(file: Path) -> None:
         build("lorat-b-224", weights=file, device="meta")
     released = read_released(file)
     with pytest.raises(ConfigError, match="rank 3, not 8"):
-        load_released(fresh(), released, "lora(rank=8)")
+        load_trained(fresh(), released, "lora(rank=8)")
     with pytest.raises(ConfigError, match="holds LoRA, not dora"):
-        load_released(fresh(), released, "dora")
+        load_trained(fresh(), released, "dora")
     with pytest.raises(ConfigError, match="leave method out"):
-        load_released(fresh(), released, None)
+        load_trained(fresh(), released, None)
     with pytest.raises(AdapterFileError, match="3 blocks"):
-        load_released(fresh(depth=3), released)
+        load_trained(fresh(depth=3), released)
 
 
 def test_the_right_variant_is_named(tmp_path: Path) -> None:
     shapes = trained_shapes(384)
-    for layer in adapted_layers(KNOWN["lorat-s-224"]):
+    for layer in adapted_layers(LAYOUTS["lorat-s-224"]):
         shapes[f"{layer.theirs}.lora.A"] = (2, layer.in_features)
         shapes[f"{layer.theirs}.lora.B"] = (layer.out_features, 2)
     path = tmp_path / "s.bin"
@@ -213,7 +218,7 @@ def test_a_start_that_was_taken_off_is_exported(tmp_path: Path) -> None:
         if ".adapters." in name:
             item.data += 0.01
     other = fresh()
-    load_released(other, read_released(write_released(model, tmp_path / "t.bin")))
+    load_trained(other, read_released(write_released(model, tmp_path / "t.bin")))
     assert_close(other(*batch()).boxes, model(*batch()).boxes)
 
 
@@ -221,7 +226,7 @@ def test_scaled_and_merged_trackers_are_exported_as_they_are(tmp_path: Path) -> 
     model, other = tracker(), fresh()
     vl.set_scale(model, 0.5)
     vl.merge(model)
-    load_released(other, read_released(write_released(model, tmp_path / "t.bin")))
+    load_trained(other, read_released(write_released(model, tmp_path / "t.bin")))
     assert same(model, other)
 
 
@@ -244,8 +249,11 @@ def test_native_files_are_read_as_well(tmp_path: Path, small: None) -> None:
         assert torch.equal(item, again.get_parameter(name)), name
     with pytest.raises(ConfigError, match="holds an adapter; leave method out"):
         build(SMALL, method=None, weights=path, backbone_weights="random")
-    with pytest.raises(AdapterFileError):
+    with pytest.raises(ConfigError, match="holds dora, not lora"):
         build(SMALL, method="lora", weights=path, backbone_weights="random")
+    with pytest.raises(AdapterFileError, match="rank"):
+        build(SMALL, method="dora", weights=path, backbone_weights="random", rank=2)
+    build(SMALL, method="dora", weights=path, backbone_weights="random", dropout=0.1)
 
 
 @pytest.mark.parametrize("gated", [False, True])

@@ -6,8 +6,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import visionlora as vl
 from tasks.tracking.model import VARIANTS, backbone, build, find_variant
-from tasks.tracking.model.build import KNOWN
 from tasks.tracking.model.export import layout_of
+from tasks.tracking.model.released import LAYOUTS
 from tests.tasks.tracking.lorats import SMALL, vit
 from visionlora.errors import ConfigError
 
@@ -68,7 +68,7 @@ def test_multiply_adds_are_what_the_model_does(name: str) -> None:
 
 def test_tiny_is_what_its_table_says() -> None:
     variant, model = VARIANTS["tiny"], build("tiny", device="meta")
-    assert KNOWN["tiny"] == layout_of(model)
+    assert LAYOUTS["tiny"] == layout_of(model)
     assert model.blocks[0].attn.num_heads == variant.heads
     trained = sum(item.numel() for _, item in vl.trainable_parameters(model))
     d, rank = variant.width, variant.rank
