@@ -23,7 +23,7 @@ from tasks.tracking.evaluation.result_folder import (
 from tasks.tracking.evaluation.scoring import Evaluation, score_tracker
 from tasks.tracking.evaluation.submission import export
 from tasks.tracking.sequences import lasot
-from tasks.tracking.sequences.catalogue import load_benchmark
+from tasks.tracking.sequences.catalogue import find_sequences, load_benchmark
 from tasks.tracking.sequences.frames import NumberedFrames
 from tasks.tracking.sequences.sequence import Sequence as Video
 from visionlora.errors import ConfigError, DataError
@@ -83,7 +83,7 @@ def run(config: CompareConfig) -> list[Evaluation]:
     Where only a server knows the truth there is nothing to score, and with `--export` none is.
     """
     trackers = config.trackers
-    videos, results = _read(config, _videos(config))
+    videos, results = _read(config, *_videos(config))
     if config.export is not None:
         for tracker in trackers:
             path = export(
@@ -101,40 +101,48 @@ def run(config: CompareConfig) -> list[Evaluation]:
     return evaluations
 
 
-def _videos(config: CompareConfig) -> list[Video]:
-    """Return the sequences of the benchmark; names may be given with commas between them."""
+def _videos(config: CompareConfig) -> tuple[list[Video], int]:
+    """Return the sequences on disk, and how many there should be.
+
+    Names may be given with commas between them.
+    """
     names = None
     if config.sequences is not None:
         names = [name for words in config.sequences for name in words.split(",") if name]
     annos = Path(config.root).expanduser()
-    if config.benchmark != "lasot" or not (annos / "absent").is_dir():
-        return load_benchmark(config.benchmark, config.root, names, config.skip_missing)
-    videos = []
-    for name in names or lasot.testing_set():
-        boxes, absent, attributes = lasot.read_annotation(annos, name)
-        frames = NumberedFrames(annos / name, "{:08d}.jpg", range(1, len(boxes) + 1))
-        videos.append(Video(name, frames, boxes, absent, lasot.ORIGIN, attributes, "lasot"))
-    return videos
+    if config.benchmark == "lasot" and (annos / "absent").is_dir():
+        videos = [_annotated(annos, name) for name in names or lasot.testing_set()]
+        return videos, len(videos)
+    wanted = (config.benchmark, config.root, names, config.skip_missing)
+    videos = load_benchmark(*wanted)
+    return videos, len(videos) + len(find_sequences(*wanted).missing)
+
+
+def _annotated(annos: Path, name: str) -> Video:
+    """Return a sequence of LaSOT without its frames; scores need none."""
+    boxes, absent, attributes = lasot.read_annotation(annos, name)
+    frames = NumberedFrames(annos / name, "{:08d}.jpg", range(1, len(boxes) + 1))
+    return Video(name, frames, boxes, absent, lasot.ORIGIN, attributes, "lasot")
 
 
 def _read(
-    config: CompareConfig, videos: Sequence[Video]
+    config: CompareConfig, videos: Sequence[Video], wanted: int
 ) -> tuple[list[Video], dict[str, dict[str, Result]]]:
     """Return the sequences that all trackers have, and all results."""
-    wanted = [video.name for video in videos]
+    names = [video.name for video in videos]
     files = {}
     for tracker, folder in zip(config.trackers, config.results, strict=True):
-        found = find_files(folder, wanted, config.benchmark)
-        missing = [name for name in wanted if name not in found]
+        found = find_files(folder, names, config.benchmark)
+        missing = [name for name in names if name not in found]
         if missing and (not found or not config.skip_missing):
             advice = "; --skip-missing scores the others" if found else ""
-            raise DataError(missing_text(Path(folder), missing, len(wanted)) + advice)
+            raise DataError(missing_text(folder, missing, len(names)) + advice)
         files[tracker] = found
     kept = [video for video in videos if all(video.name in found for found in files.values())]
     if not kept:
         raise DataError("no sequence has results of all trackers")
-    if len(kept) < len(videos):
-        print(f"scored on {len(kept)} of {len(videos)} sequences, those that all trackers have")
+    if len(kept) < wanted:
+        print(f"used {len(kept)} of {wanted} sequences: those on disk that all trackers have")
     return kept, {
         tracker: {video.name: read_result(found[video.name]) for video in kept}
         for tracker, found in files.items()

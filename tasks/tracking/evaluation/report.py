@@ -33,15 +33,17 @@ COLUMNS = (
 )
 
 
-def write_report(evaluations: Sequence[Evaluation], folder: str | Path) -> list[Path]:
-    """Write all files of a report and return them."""
+def write_report(
+    evaluations: Sequence[Evaluation], folder: str | Path, *, plots: bool = True
+) -> list[Path]:
+    """Write all files of a report and return them; `plots` are most of its time."""
     home = Path(folder)
     written = [
         write_text_atomically(home / "report.md", markdown(evaluations)),
         write_text_atomically(home / "sequences.csv", sequences_csv(evaluations)),
         write_text_atomically(home / "scores.json", scores_json(evaluations)),
     ]
-    return written + plot(evaluations, home)
+    return written + (plot(evaluations, home) if plots else [])
 
 
 def markdown(evaluations: Sequence[Evaluation]) -> str:
