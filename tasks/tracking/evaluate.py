@@ -33,7 +33,7 @@ from visionlora.training.output import open_run, taken_back_on_error
 RUNS = Path("runs/tracking")
 MAY_CHANGE = (
     *("output", "resume", "overwrite", "device", "root", "sequences", "skip_missing"),
-    *("batch", "protocol", "export", "round"),
+    *("batch", "protocol", "plots", "export", "round"),
 )
 """Settings that may differ when a run is resumed: none of them changes a box."""
 FIGURES = ("auc", "precision", "norm_precision", "op50", "op75")
@@ -57,6 +57,8 @@ class EvaluateConfig(TrackerConfig):
     """Convention of the figures: pytracking, lasot, stark or got10k."""
     batch: int = 1
     """Sequences that advance together in one batch; the boxes are the same."""
+    plots: bool = True
+    """Whether curves are drawn."""
     export: FormatName | None = None
     """Also write the results as a server or toolkit wants them; the servers' sets always are."""
     round: Rounding = "none"
@@ -180,7 +182,7 @@ def _score(
         evaluation = score_tracker(config.tracker, videos, found, config.protocol)
         figures |= evaluation.mean.as_dict()
         print(markdown([evaluation]))
-        write_report([evaluation], directory.path)
+        write_report([evaluation], directory.path, plots=config.plots)
     counts = parameter_counts(tracker)
     return directory.write_result(
         {

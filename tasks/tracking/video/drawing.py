@@ -29,7 +29,7 @@ def annotate(image: Frame, box: Float[np.ndarray, "4"], text: str) -> Frame:
         text += "  lost"
     scale = max(0.4, min(height, width) / 700)
     place = (round(12 * scale), round(30 * scale))
-    for colour, stroke in ((BLACK, line + 2), (GREEN, line)):
+    for colour, stroke in ((BLACK, line + 1), (GREEN, line)):
         cv2.putText(
             drawn, text, place, cv2.FONT_HERSHEY_SIMPLEX, scale, colour, stroke, cv2.LINE_AA
         )
