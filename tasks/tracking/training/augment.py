@@ -67,11 +67,17 @@ class Augmentation:
             self._one_of.set_random_seed(int(rng.integers(2**31)))
             varied = self._one_of(image=images[0], search=images[1])
             images = [varied["image"], varied["search"]]
-        one, two = (
-            Augmented(pixels, clip(crop.box, pixels.shape[1], pixels.shape[0]))
-            for pixels, crop in zip(images, crops, strict=True)
-        )
-        return one, two
+        return _clipped(images[0], crops[0].box), _clipped(images[1], crops[1].box)
+
+
+def as_they_are(template: Crop, search: Crop) -> tuple[Augmented, Augmented]:
+    """Return both crops without any change."""
+    one, two = (_clipped(crop.pixels.astype(np.uint8), crop.box) for crop in (template, search))
+    return one, two
+
+
+def _clipped(pixels: UInt8[np.ndarray, "h w 3"], box: Float[np.ndarray, "4"]) -> Augmented:
+    return Augmented(pixels, clip(box, pixels.shape[1], pixels.shape[0]))
 
 
 def _one_of_three() -> Any:

@@ -21,6 +21,8 @@ Outline = Float[np.ndarray, "points 2"]
 POINTS = 40
 SOFTNESS = 0.7
 """Standard deviation, in pixels, of the blur of an edge."""
+FINE = 4
+"""Shapes are filled on a grid so much finer, because OpenCV fills every pixel that it touches."""
 _ANGLES = np.linspace(0, 2 * np.pi, POINTS, endpoint=False)
 _CIRCLE = np.stack([np.cos(_ANGLES), np.sin(_ANGLES)], axis=1)
 _WAVES = np.arange(2, 6)
@@ -79,15 +81,14 @@ def paste(frame: Frame, thing: Thing, matrix: Matrix) -> None:
     height = min(int(bottom) + margin, frame.shape[0]) - y
     if min(width, height) < 1:
         return
-    shift = np.array([x + 0.5, y + 0.5])
-    mask = np.zeros((height, width), np.uint8)
-    sixteenths = np.rint((points - shift) * 16).astype(np.int32)[None]
-    cv2.fillPoly(mask, sixteenths, 255, cv2.LINE_AA, shift=4)
+    mask = np.zeros((height * FINE, width * FINE), np.uint8)
+    cv2.fillPoly(mask, np.rint((points - [x, y]) * FINE - 0.5).astype(np.int32)[None], 255)
+    mask = cv2.resize(mask, (width, height), interpolation=cv2.INTER_AREA)
     alpha = cv2.GaussianBlur(mask, (5, 5), SOFTNESS)[..., None] * np.float32(1 / 255)
 
     side = thing.texture.shape[0]
     turn = matrix[:, :2] / side
-    offset = matrix[:, 2] + (turn * (0.5 - side / 2)).sum(axis=1) - shift
+    offset = matrix[:, 2] + (turn * (0.5 - side / 2)).sum(axis=1) - [x + 0.5, y + 0.5]
     patch = cv2.warpAffine(
         thing.texture, affine(turn, offset), (width, height), borderMode=cv2.BORDER_REFLECT_101
     )

@@ -20,7 +20,7 @@ from tasks.tracking.geometry.crop import Mapping, channel_mean, crop, crop_mappi
 from tasks.tracking.geometry.jitter import jittered_mapping
 from tasks.tracking.geometry.raster import cells
 from tasks.tracking.model.variants import TrackerShape
-from tasks.tracking.training.augment import Augmentation, Augmented, Crop
+from tasks.tracking.training.augment import Augmentation, Augmented, Crop, as_they_are
 from tasks.tracking.training.pairs import Pair, Source, View
 from visionlora.errors import DataError
 
@@ -90,7 +90,7 @@ class Samples:
             if crops is None:
                 continue
             if self.augmentation is None:
-                pair = tuple(Augmented(c.pixels.astype(np.uint8), c.box) for c in crops)
+                pair = as_they_are(*crops)
             else:
                 pair = self.augmentation(*crops, rng)
             return Sample(self._labelled(*pair), tuple(unusable))
