@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tasks.shared.weights import require_weights
 from tasks.tracking.model.tensors import fill, read_tensors
 from tasks.tracking.model.variants import Variant
 from visionlora.errors import ConfigError
@@ -107,11 +108,14 @@ def _embedded() -> nn.Module:
 
 
 def _from_hub(variant: Variant) -> nn.Module:
+    hub = f"timm/{variant.backbone}/model.safetensors"
+    way_out = f"give the file {variant.file} of DINOv2, or {RANDOM} (for timing only)"
+    require_weights(variant.name, variant.backbone, hub, way_out=way_out)
     try:
         return _create(variant, pretrained=True)
     except Exception as error:  # the hub raises whatever its transport raises
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ConfigError(
-            f"no weights for {variant.backbone}: the hub failed ({reason}); give the file "
-            f"{variant.file} of DINOv2, or random (for timing only)"
+            f"no weights for {variant.name} ({variant.backbone}): the download failed ({reason}); "
+            f"{way_out}"
         ) from error

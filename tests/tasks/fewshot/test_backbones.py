@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from tasks.fewshot import weights
 from tasks.fewshot.backbones import ALIASES, load_backbone
+from tasks.shared import weights
 from visionlora.errors import ConfigError, DataError
 
 

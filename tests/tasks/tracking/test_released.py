@@ -293,3 +293,10 @@ def test_random_backbones_are_announced(caplog: pytest.LogCaptureFixture, small:
 def test_added_adapter_keeps_the_recipe() -> None:
     recipe = add_adapter(tracker(None), "block-lora+glad(rho=0.2)", usual_rank=4)
     assert [item.name for item in recipe.dynamics] == ["glad"]
+
+
+def test_missing_weights_are_soon_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(ConfigError, match=r"lorat-g-378 .*dinov2_vitg14_pretrain.pth of DINOv2"):
+        build("lorat-g-378")
