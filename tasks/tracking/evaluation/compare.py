@@ -26,7 +26,7 @@ from tasks.tracking.sequences import lasot
 from tasks.tracking.sequences.catalogue import find_sequences, load_benchmark
 from tasks.tracking.sequences.frames import NumberedFrames
 from tasks.tracking.sequences.sequence import Sequence as Video
-from visionlora.errors import ConfigError, DataError
+from visionlora.errors import ConfigError, DataError, nearest
 
 OUTPUT = "runs/tracking/compare"
 
@@ -64,8 +64,17 @@ class CompareConfig:
             raise ConfigError(
                 f"--names has {len(self.names)} for {len(self.results)} folders of --results"
             )
+        if self.sequences is not None and not self.chosen:
+            raise ConfigError("--sequences names no sequence")
         if self.round != "none" and self.export is None:
             raise ConfigError("--round rounds what --export writes; give both or none")
+
+    @property
+    def chosen(self) -> list[str] | None:
+        """The sequences that were asked for; names may have commas between them."""
+        if self.sequences is None:
+            return None
+        return [name for words in self.sequences for name in words.split(",") if name]
 
     @property
     def trackers(self) -> list[str]:
@@ -102,24 +111,21 @@ def run(config: CompareConfig) -> list[Evaluation]:
 
 
 def _videos(config: CompareConfig) -> tuple[list[Video], int]:
-    """Return the sequences on disk, and how many there should be.
-
-    Names may be given with commas between them.
-    """
-    names = None
-    if config.sequences is not None:
-        names = [name for words in config.sequences for name in words.split(",") if name]
+    """Return the sequences on disk, and how many there should be."""
     annos = Path(config.root).expanduser()
     if config.benchmark == "lasot" and (annos / "absent").is_dir():
-        videos = [_annotated(annos, name) for name in names or lasot.testing_set()]
+        videos = [_annotated(annos, name) for name in config.chosen or lasot.testing_set()]
         return videos, len(videos)
-    wanted = (config.benchmark, config.root, names, config.skip_missing)
+    wanted = (config.benchmark, config.root, config.chosen, config.skip_missing)
     videos = load_benchmark(*wanted)
     return videos, len(videos) + len(find_sequences(*wanted).missing)
 
 
 def _annotated(annos: Path, name: str) -> Video:
     """Return a sequence of LaSOT without its frames; scores need none."""
+    if not (annos / f"{name}.txt").is_file():
+        known = [path.stem for path in annos.glob("*.txt")]
+        raise DataError(f"no annotation of sequence {name!r} in {annos}{nearest(name, known)}")
     boxes, absent, attributes = lasot.read_annotation(annos, name)
     frames = NumberedFrames(annos / name, "{:08d}.jpg", range(1, len(boxes) + 1))
     return Video(name, frames, boxes, absent, lasot.ORIGIN, attributes, "lasot")

@@ -9,8 +9,7 @@
 
 Any of them is read, with tabs, commas or spaces. Boxes are in the convention of the benchmark's
 own annotations (LaSOT: the first pixel is 1, 1); `Sequence.in_file` brings a tracker's there.
-Nothing is rounded beyond the decimals unless asked: old tools truncate to whole pixels, which
-costs small targets accuracy.
+Nothing is rounded beyond the decimals unless asked; old tools truncate to whole pixels.
 """
 
 from dataclasses import dataclass

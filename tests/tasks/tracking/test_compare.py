@@ -146,6 +146,8 @@ def test_annotations_of_the_toolkit_suffice_for_lasot(tmp_path: Path) -> None:
     (item,) = run(settings)
     assert item.mean.op50 == pytest.approx(100 * 5 / 6)
     assert list(item.by_attribute) == ["POC"]
+    with pytest.raises(DataError, match=r"no annotation of sequence 'wlk-1' .*'walk-1'"):
+        run(replace(settings, sequences=["wlk-1"]))
 
 
 def test_hidden_truth_is_exported_and_not_scored(
@@ -191,6 +193,7 @@ def test_folders_of_one_name_need_names(lasot: Path, tmp_path: Path) -> None:
     ("arguments", "complaint"),
     [
         (["--results", "a", "b", "--root", "r", "--names", "x"], "--names has 1 for 2"),
+        (["--results", "a", "--root", "r", "--sequences", ","], "names no sequence"),
         (["--results", "a", "--root", "r", "--round", "int"], "--round rounds what --export"),
         (["--results", "a", "--root", "r", "--protocol", "voc"], "protocol"),
         (["--results", "a", "--root", "r", "--benchmrk", "otb"], "did you mean '--benchmark'"),

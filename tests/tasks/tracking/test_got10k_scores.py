@@ -1,9 +1,15 @@
 """GOT-10k: average overlap and success rates of the frames that count."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
+from PIL import Image
 
 from tasks.tracking.evaluation.got10k import pooled, visible_overlaps
+from tasks.tracking.evaluation.result_folder import Result
+from tasks.tracking.evaluation.scoring import score_tracker
+from tasks.tracking.sequences.sequence import Sequence
 from visionlora.errors import DataError
 
 SIZE = (200, 100)
@@ -57,6 +63,25 @@ def test_area_under_many_thresholds_approaches_average_overlap() -> None:
     overlaps = np.random.default_rng(0).uniform(size=5000)
     scores = pooled([overlaps])
     assert 100 * scores.curve.mean() == pytest.approx(scores.ao, abs=0.6)
+
+
+def test_validation_sequences_are_scored_within_their_pictures(tmp_path: Path) -> None:
+    frame = tmp_path / "00000001.jpg"
+    Image.new("RGB", SIZE).save(frame)
+    truth = boxes(BOX, [180, 80, 20, 20], BOX)
+    video = Sequence(
+        "GOT-10k_Val_000001",
+        (frame, tmp_path / "2.jpg", tmp_path / "3.jpg"),
+        truth,
+        absent=np.array([False, False, True]),
+        benchmark="got10k_val",
+    )
+    wide, far = truth.copy(), truth.copy()
+    wide[1, 2:], far[1, 0] = 400, 0
+    both = {video.name: Result((wide, far))}
+    item = score_tracker("t", [video], both)
+    assert item.got10k is not None
+    assert (item.got10k.ao, item.got10k.sr50) == (50.0, 50.0)
 
 
 def test_other_lengths_and_no_frames_are_refused() -> None:

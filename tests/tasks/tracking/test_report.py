@@ -19,6 +19,7 @@ from tasks.tracking.evaluation.report import (
     scores_json,
     sequences_csv,
     table,
+    write_report,
 )
 from tasks.tracking.evaluation.result_folder import Result
 from tasks.tracking.evaluation.scoring import score_tracker
@@ -156,11 +157,11 @@ def test_scores_do_not_depend_on_where_the_first_pixel_is() -> None:
 
 
 def test_report_writes_all_files(tmp_path: Path) -> None:
-    from tasks.tracking.evaluation.report import write_report
-
     written = write_report([evaluation()], tmp_path)
     assert sorted(path.name for path in written) == [
         *("attributes.png", "norm_precision.png", "precision.png", "report.md"),
         *("scores.json", "sequences.csv", "success.png"),
     ]
     assert sorted(tmp_path.iterdir()) == sorted(written)
+    plain = write_report([evaluation()], tmp_path / "plain", plots=False)
+    assert [path.suffix for path in plain] == [".md", ".csv", ".json"]
