@@ -25,8 +25,9 @@ import torch
 import visionlora as vl
 from benchmarks.climb import FACTOR, climb
 from benchmarks.lines import each, read
-from tasks.fewshot.config import PRESETS, RATES, FewshotConfig
+from tasks.fewshot.config import FewshotConfig
 from tasks.fewshot.experiment import Experiment, prepare
+from tasks.fewshot.recipe import PRESETS, RATES
 from tasks.fewshot.train import run_seed
 from visionlora.errors import ConfigError, VisionLoraError
 from visionlora.io.atomic import write_text_atomically

@@ -8,9 +8,9 @@ from torch import Tensor
 
 import visionlora as vl
 from tasks.fewshot.classifier import Classifier
-from tasks.fewshot.config import ADAM_BETAS, ETA_MIN, WEIGHT_DECAY
 from tasks.fewshot.experiment import Experiment
 from tasks.fewshot.frozen import start_head
+from tasks.fewshot.recipe import ADAM_BETAS, ETA_MIN, WEIGHT_DECAY
 from tasks.fewshot.shots import Batches, FeatureBatches, Shots
 from visionlora.dynamics import Dynamics
 from visionlora.training import FitResult, RunDirectory, TrainSettings, cosine, fit

@@ -1,7 +1,6 @@
-"""Settings of a few-shot run, and the recipe that fills what the user leaves open."""
+"""Settings of a few-shot run; what the user leaves open, the recipe fills."""
 
 import dataclasses
-import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,8 +11,9 @@ from tasks.fewshot.baselines import WITHOUT_TEXT, Baseline
 from tasks.fewshot.classifier import Encoder
 from tasks.fewshot.heads import HeadName
 from tasks.fewshot.images import Augmentation
+from tasks.fewshot.recipe import Preset, preset_of, rate_of, usual_options
 from tasks.fewshot.sampling import ShortClass
-from tasks.fewshot.text import check_templates
+from tasks.fewshot.templates import read_templates
 from tasks.fewshot.vision_only import PREFIX
 from visionlora.compose import Recipe, parse
 from visionlora.config import LowRankConfig
@@ -30,23 +30,7 @@ AT_LEAST_ONE = (
     *("shots", "steps", "batch_size", "limit_steps", "limit_test"),
     *("init_batches", "lr_trials", "lr_steps", "image_size", "text_chunk"),
 )
-ADAM_BETAS = (0.9, 0.999)
-WEIGHT_DECAY = 1e-2
 INIT_BATCHES = 8
-ETA_MIN = 1e-6
-"""The cosine schedule ends at this learning rate."""
-
-RATES = Path(__file__).with_name("rates.json")
-"""Learning rates of methods on the tiny model, as multiples of the recipe's."""
-
-RECIPE = {"rank": 2, "alpha": 1.0, "scaling": "rslora", "dropout": 0.25}
-"""CLIP-LoRA's adapter options, for methods that train a factor pair; `--adapter.*` overrides."""
-VISION_RECIPE = {"rank": 8, "alpha": 8.0, "scaling": "standard", "dropout": 0.0}
-"""The same for timm backbones, with which a convolution gets a change of the factors' own size."""
-
-
-NARROW: dict[str, dict[str, Any]] = {"vb-lora": {"block": 64}}
-"""Options that the 64 features of the tiny model ask for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +58,7 @@ class FewshotConfig:
     short_class: ShortClass = "keep"
     """A class with fewer images than shots: keep all it has, or repeat some."""
     template: list[str] | None = None
-    """Prompts with {} for the class name; several are averaged. Default: the data set's own."""
+    """Prompts with {} for the class, averaged; or ensemble, or a file. Default: the data set's."""
     class_names: str | None = None
     """File of names to say in the prompts: JSON {"class": "name"}, or one name per line."""
     method: str = "block-lora"
@@ -142,7 +126,7 @@ class FewshotConfig:
         if not self.seed or min(self.seed) < 0 or len(set(self.seed)) < len(self.seed):
             raise ConfigError(f"--seed needs different numbers from 0 on, got {self.seed}")
         if self.template is not None:
-            check_templates(self.template)
+            read_templates(self.template)
         if self.params is not None and self.targets is not None:
             raise ConfigError("--targets names layers instead of --params; give one of them")
         self._check_text()
@@ -190,9 +174,9 @@ class FewshotConfig:
         return self.backbone.startswith(PREFIX)
 
     @property
-    def preset(self) -> "Preset":
+    def preset(self) -> Preset:
         """Learning rate and length that suit the backbone."""
-        return PRESETS.get(self.backbone, PRESETS["timm" if self.vision_only else "default"])
+        return preset_of(self.backbone)
 
     @property
     def recipe(self) -> Recipe:
@@ -221,7 +205,7 @@ class FewshotConfig:
             lr_trials=(self.lr_trials or LR_TRIALS) if auto else None,
             lr_steps=min(steps, self.lr_steps or max(1, steps // LR_SHARE)) if auto else None,
             steps=steps,
-            template=None if self.vision_only else self.template or list(templates),
+            template=None if self.vision_only else read_templates(self.template or templates),
             encoder="vision" if self.vision_only else self.encoder,
             head=(self.head or "linear") if self.vision_only else None,
             # Without a text tower there is no zero-shot to compare with.
@@ -235,10 +219,7 @@ class FewshotConfig:
         recipe = self.recipe
         fields = get_method(recipe.method).config
         own = {item.name for item in dataclasses.fields(fields)}
-        pair = VISION_RECIPE if self.vision_only else RECIPE
-        usual = {**pair} if issubclass(fields, LowRankConfig) else {}
-        if self.backbone == TINY:
-            usual |= NARROW.get(recipe.method, {})
+        usual = usual_options(self.backbone, recipe.method, issubclass(fields, LowRankConfig))
         said = {**recipe.implied, **recipe.options}
         options = {key: value for key, value in usual.items() if key in own and key not in said}
         config = recipe.config(**{**options, **self.adapter, "seed": seed})
@@ -263,45 +244,3 @@ class FewshotConfig:
         parts += ["base-to-new"] if self.setting == "base-to-new" else []
         parts += ["val"] if self.test_on == "val" else []
         return "-".join(re.sub(r"[^A-Za-z0-9]+", "-", part).strip("-") for part in parts)
-
-
-def rate_of(method: str) -> float:
-    """Return the learning rate of a method or product on the tiny model, relative to the recipe's.
-
-    The rates were chosen on validation images (`python benchmarks/methods.py --choose`). Other
-    backbones keep their published recipe: nothing was measured there.
-    """
-    rates: dict[str, float] = json.loads(RATES.read_text(encoding="utf-8"))
-    return rates.get(method, rates.get(parse(method).method, 1.0))
-
-
-@dataclass(frozen=True)
-class Preset:
-    """Learning rate and length that suit a backbone."""
-
-    lr: float
-    steps_per_shot: int
-    base_to_new_steps_per_shot: int
-    """Fewer, since long training on the base classes costs accuracy on the new ones."""
-
-
-PRESETS = {
-    # CLIP-LoRA's published recipe; it has none for base-to-new, a fifth of the steps is our choice.
-    "default": Preset(lr=2e-4, steps_per_shot=500, base_to_new_steps_per_shot=100),
-    # Chosen on validation images of clothing10, see benchmarks/clothing10.py.
-    "timm": Preset(lr=3e-4, steps_per_shot=10, base_to_new_steps_per_shot=10),
-    # Chosen on validation images from the digits' training pool, never on test, with
-    #   python scripts/fewshot.py --test-on val --seed 1 2 --lr LR --steps STEPS
-    # Accuracy in % after 16-shot Block-LoRA (zero-shot 64.2), mean of both seeds:
-    #   lr     160 steps  320 steps  640 steps
-    #   2e-3   80.9       82.8       -
-    #   5e-3   82.4       87.3       90.0
-    #   1e-2   87.0       87.5       -
-    # 4 shots at 5e-3: 77.7 after 80 steps, 81.9 after 160. 1 shot: 67.4 after 20, 68.6 after 80.
-    # With --setting base-to-new, harmonic mean (zero-shot 73.3): 82.3 at 5e-3 and 78.5 at 1e-2
-    # after 320 steps; at 5e-3 with --seed 1 2 3 (base / new / harmonic mean), differences within
-    # the seeds' spread:
-    #   80 steps 99.1 / 69.6 / 81.8   160: 99.1 / 70.7 / 82.6
-    #   320      98.7 / 68.7 / 81.0   640: 98.0 / 69.6 / 81.4
-    "tiny": Preset(lr=5e-3, steps_per_shot=40, base_to_new_steps_per_shot=10),
-}

@@ -27,10 +27,12 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from tasks.fewshot.config import AUTO, FewshotConfig, rate_of
+from tasks.fewshot.config import AUTO, FewshotConfig
+from tasks.fewshot.datasets import Dataset
 from tasks.fewshot.evaluate import TestImages
 from tasks.fewshot.experiment import Experiment
 from tasks.fewshot.rate_trial import REDUCTION, Trial, tried, with_rate
+from tasks.fewshot.recipe import rate_of
 from tasks.fewshot.report import print_note
 from tasks.fewshot.sampling import VALIDATION_SHOTS, Item, by_class, few_shot
 from tasks.fewshot.shots import Shots
@@ -91,6 +93,19 @@ def check_search(experiment: Experiment, shots: Shots) -> None:
     if experiment.config.lr == AUTO:
         require_optuna()
         validation_split(experiment, shots)
+
+
+def check_spare(dataset: Dataset, shots: int) -> None:
+    """Refuse what leaves no image for validation, before shots are drawn.
+
+    Raises:
+        DataError: one shot a class, and no validation images.
+    """
+    if not dataset.val and shots < 2:
+        raise DataError(
+            f"--lr auto: {dataset.name} has no validation images, and one shot a class leaves none "
+            "to hold out; give --lr a number, or more --shots"
+        )
 
 
 def with_searched_rate(
@@ -200,11 +215,8 @@ def validation_split(experiment: Experiment, shots: Shots) -> tuple[Shots, list[
         different = list({id(item): item for item in group}.values())  # some may be repeated
         spared = min(VALIDATION_SHOTS, len(different) // 2)
         held |= {id(item): item for item in different[len(different) - spared :]}
-    if not held:
-        raise DataError(
-            f"--lr auto: {dataset.name} has no validation images, and one shot a class leaves none "
-            "to hold out; give --lr a number, or more --shots"
-        )
+    if not held:  # also where every class has one readable image only
+        check_spare(replace(dataset, val=[]), 1)
     kept = [index for index, item in enumerate(shots.items) if id(item) not in held]
     train = Shots(
         [shots.images[index] for index in kept],

@@ -14,18 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from tasks.fewshot.templates import check_templates
 from visionlora.errors import ConfigError
-
-
-def check_templates(templates: Sequence[str]) -> None:
-    """Refuse templates that do not name the class exactly once."""
-    if not templates:
-        raise ConfigError("at least one prompt template is needed, as in 'a photo of a {}.'")
-    for template in templates:
-        if template.count("{}") != 1:
-            raise ConfigError(
-                f"a prompt template must hold '{{}}' once, for the class name; got {template!r}"
-            )
 
 
 def tokenize(

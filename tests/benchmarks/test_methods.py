@@ -7,7 +7,7 @@ import pytest
 
 import visionlora as vl
 from benchmarks.methods import main, preset_names
-from tasks.fewshot.config import RATES
+from tasks.fewshot.recipe import RATES
 from visionlora.errors import ConfigError
 from visionlora.registry import list_presets
 

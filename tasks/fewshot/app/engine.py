@@ -26,6 +26,7 @@ from tasks.fewshot.evaluate import Scores, merged_for
 from tasks.fewshot.experiment import Experiment, prepare
 from tasks.fewshot.predict import classifying, predict
 from tasks.fewshot.predictions import Prediction
+from tasks.fewshot.templates import check_templates
 from tasks.fewshot.train import describe
 from tasks.fewshot.vision_only import PREFIX
 from visionlora.dynamics import Dynamics, StepContext
@@ -109,6 +110,7 @@ class Engine:
             Cancelled: `cancel` was set; the folder is then of no use.
             VisionLoraError: settings or pictures that cannot be used.
         """
+        check_templates([settings.template])  # a sentence, not a file of this computer
         config = replace(
             self.defaults,
             dataset="folder:pictures",

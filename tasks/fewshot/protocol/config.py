@@ -53,7 +53,7 @@ class ProtocolConfig:
     short_class: ShortClass = "keep"
     """A class with fewer images than shots: keep all it has, or repeat some."""
     template: list[str] | None = None
-    """Prompts with {} for the class name, for all data sets. Default: each data set's own."""
+    """Prompts, ensemble or a file, for all data sets. Default: each data set's own."""
     encoder: Encoder = "both"
     """Which towers get adapters."""
     params: list[str] | None = None

@@ -12,6 +12,7 @@ from tasks.fewshot.evaluate import TestImages, merged_for
 from tasks.fewshot.experiment import RANDOM_TEST_IMAGES, Experiment
 from tasks.fewshot.protocol.config import Cell, ProtocolConfig, path_name
 from tasks.fewshot.report import print_note
+from tasks.fewshot.templates import read_templates
 from tasks.fewshot.text import tokenize
 from visionlora.errors import DataError, nearest
 from visionlora.io.atomic import write_text_atomically
@@ -34,7 +35,7 @@ def as_target(config: ProtocolConfig, source: Experiment, dataset: Dataset) -> E
     limit = config.limit_test or (RANDOM_TEST_IMAGES if source.backbone.random_weights else None)
     if limit is not None:
         dataset = limited(dataset, limit)
-    templates = config.template or list(dataset.templates)
+    templates = read_templates(config.template or dataset.templates)
     return replace(
         source,
         config=replace(source.config, dataset=dataset.name, template=templates),

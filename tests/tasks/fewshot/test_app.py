@@ -163,6 +163,7 @@ def test_a_cancelled_run_ends_within_a_step_and_leaves_the_backbone_clean(engine
     [
         (Settings(method="block-lore"), "did you mean 'block-lora'"),
         (Settings(template="a photo"), "must hold '{}'"),
+        (Settings(template="/etc/a.txt"), "must hold '{}' once, for the class name; got '/etc/a"),
         (Settings(lr=-1.0), "must be positive"),
         (Settings(steps=-3), "must be at least 1"),
         (Settings(shots=0), "must be at least 1"),

@@ -6,7 +6,8 @@ import torch
 import visionlora as vl
 from tasks.fewshot.backbones import load_backbone
 from tasks.fewshot.classifier import Classifier, adapter_targets
-from tasks.fewshot.config import PRESETS, FewshotConfig, rate_of
+from tasks.fewshot.config import FewshotConfig
+from tasks.fewshot.recipe import PRESETS, rate_of
 from tasks.fewshot.text import tokenize
 from visionlora.errors import ConfigError
 
