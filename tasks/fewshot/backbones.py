@@ -105,6 +105,7 @@ def load_backbone(
             )
         pretrained = OPENAI
     config_name, checkpoint, preprocess = _resolve(open_clip, name, pretrained)
+    tokenizer = _tokenizer(open_clip, config_name)
     with _quiet_root_logger(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(RANDOM_SEED)
         clip = open_clip.create_model(config_name, load_weights=False, pretrained_text=False)
@@ -116,7 +117,7 @@ def load_backbone(
         name,
         pretrained,
         clip,
-        _tokenizer(open_clip, config_name),
+        tokenizer,
         transform,
         random_weights=checkpoint is None,
     )

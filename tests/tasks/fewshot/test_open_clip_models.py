@@ -156,11 +156,12 @@ def test_a_text_tower_of_another_make_is_refused_in_one_line(backbones):
     assert "\n" not in str(caught.value)
 
 
-def test_a_tokeniser_that_cannot_be_had_is_said_in_one_line(monkeypatch):
+def test_a_tokeniser_that_cannot_be_had_is_said_before_the_model_is_built(monkeypatch):
     def unreachable(name):
         raise OSError("We couldn't connect\nto the host")
 
     monkeypatch.setattr(open_clip, "get_tokenizer", unreachable)
+    monkeypatch.setattr(open_clip, "create_model", None)
     with pytest.raises(ConfigError, match="no tokeniser for test-convnext") as caught:
         load_backbone("test-convnext", "none")
     assert "\n" not in str(caught.value)
