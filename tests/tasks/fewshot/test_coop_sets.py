@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tasks.fewshot.coop.splits import read_split_file
-from tasks.fewshot.coop.table import ELEVEN, PUBLIC_SETS, SHIFTED, TRANSFER
+from tasks.fewshot.coop.table import ELEVEN, SHIFTED, TRANSFER
 from tasks.fewshot.datasets import load_dataset
 from tasks.fewshot.sampling import base_and_new, few_shot, restrict
 from visionlora.errors import DataError
@@ -32,6 +32,7 @@ OTHER_FOLDERS = {
     "food101": ("Food101/images",),
     "sun397": ("SUN397/SUN397", "SUN397"),
     "dtd": ("DTD/images", "dtd/dtd/images"),
+    "eurosat": ("EuroSAT/2750",),
     "ucf101": ("UCF101/UCF-101-midframes",),
 }
 """Where CLIP-LoRA and torchvision keep the same images."""
@@ -199,10 +200,31 @@ def test_imagenet_is_tested_on_its_validation_images(tmp_path, images):
     imagenet(tmp_path, images)
     dataset = load_dataset("imagenet", tmp_path)
     assert dataset.classes == NAMES
+    assert dataset.templates == ("a photo of a {}.",)
     assert (len(dataset.train), len(dataset.val), len(dataset.test)) == (12, 0, 8)
     assert dataset.split == "official"
     assert dataset.train[3].source.name == "n02_0.JPEG"
     assert dataset.train[3].label == 1
+
+
+def test_sets_with_their_own_lists_are_drawn_and_halved_by_the_same_rule(tmp_path):
+    imagenet(tmp_path)
+    dataset = load_dataset("imagenet", tmp_path)
+    drawn, val = few_shot(dataset.train, dataset.val, 2, seed=3)
+    rng = random.Random(3)
+    expected = [
+        name
+        for wnid in WNIDS
+        for name in rng.sample([f"{wnid}_{number}.JPEG" for number in range(3)], 2)
+    ]
+    assert [item.source.name for item in drawn] == expected
+    assert val == []  # its validation images are the test images
+    base, new = base_and_new(len(dataset.classes))
+    assert [dataset.classes[label] for label in base] == ["missile", "goldfish"]
+    half = restrict(dataset.test, new)
+    assert [(item.source.name, item.label) for item in half] == [
+        ("n05_0.JPEG", 0), ("n05_1.JPEG", 0), ("n07_0.JPEG", 1), ("n07_1.JPEG", 1)
+    ]  # fmt: skip
 
 
 def shifted(root: Path, folder: str, classes: tuple[str, ...]) -> None:
@@ -236,6 +258,7 @@ def test_variants_of_imagenet_count_their_own_classes(tmp_path, name, folder, cl
         )
         dataset = load_dataset(name, tmp_path)
         assert dataset.classes == spoken
+        assert dataset.templates == ("a photo of a {}.",)
         assert [item.label for item in dataset.test] == list(range(len(classes)))
         assert dataset.train == []
 
@@ -264,6 +287,7 @@ def test_aircraft_reads_its_text_files(tmp_path, folder):
         (home / f"images_variant_{part}.txt").write_text("\n".join(lines))
     dataset = load_dataset("aircraft", tmp_path)
     assert dataset.classes == ("A300B4", "DC-3", "F-16A/B")
+    assert dataset.templates == ("a photo of a {}, a type of aircraft.",)
     assert dataset.split == "official"
     assert [item.label for item in dataset.test] == [2, 0, 2, 0]
     assert dataset.val[0].source == home / "images" / "0013.jpg"
@@ -275,4 +299,3 @@ def test_aircraft_reads_its_text_files(tmp_path, folder):
 def test_the_benchmark_has_eleven_sets_ten_targets_and_four_shifts():
     assert (len(ELEVEN), len(TRANSFER), len(SHIFTED)) == (11, 10, 4)
     assert set(SPLIT_SETS) | {"imagenet", "aircraft"} == set(ELEVEN)
-    assert PUBLIC_SETS["aircraft"].template == "a photo of a {}, a type of aircraft."
