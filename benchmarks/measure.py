@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from benchmarks.contestants import CLASSES, Contestant
 from benchmarks.turns import in_turns, median_ratio
+from visionlora import plan
 
 
 @dataclass(frozen=True)
@@ -90,21 +91,10 @@ def saved_bytes(model: nn.Module, batch: tuple[Tensor, Tensor]) -> int:
 
     Parameters and buffers are left out: they stay in memory with or without a graph.
     """
-    own = {_address(tensor) for tensor in [*model.parameters(), *model.buffers()]}
-    kept: dict[int, int] = {}
-
-    def note(tensor: Tensor) -> Tensor:
-        if _address(tensor) not in own:
-            kept[_address(tensor)] = tensor.untyped_storage().nbytes()
-        return tensor
-
     images, labels = batch
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+    with plan.saved_bytes([*model.parameters(), *model.buffers()]) as kept:
         loss = F.cross_entropy(model(images), labels)
+    found = kept()
     loss.backward()
     model.zero_grad(set_to_none=True)
-    return sum(kept.values())
-
-
-def _address(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
+    return found

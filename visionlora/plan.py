@@ -8,8 +8,8 @@ planned on any machine. Every storage is followed from its creation to its relea
 
 saved are the bytes that the forward keeps for the backward, each storage counted once; passing is
 what is alive besides at the worst moment: results on their way, and the gradients there are by
-then. What a device adds of its own (context, rounding and fragmentation of its allocator, workspaces
-of kernels) is not in it.
+then. What a device adds of its own (context, rounding and fragmentation of its allocator, working
+space of kernels) is not in it.
 """
 
 import weakref
@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from visionlora.errors import ConfigError
 
-__all__ = ["LiveBytes", "MemoryPlan", "plan"]
+__all__ = ["LiveBytes", "MemoryPlan", "Precision", "plan", "saved_bytes"]
 
 Precision = Literal["fp32", "bf16", "fp16"]
 _CAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -131,10 +131,10 @@ def _step(
     with LiveBytes([*everything, *state]) as live:
         with (
             torch.autocast("cpu", _CAST.get(precision), enabled=precision in _CAST),
-            saved(everything) as kept,
+            saved_bytes(everything) as kept,
         ):
             value = loss()
-        saved_bytes = kept()
+        saved = kept()
         value.backward()
         del value
         gradients = bytes_of(item.grad for item in trained if item.grad is not None)
@@ -144,7 +144,7 @@ def _step(
         trained=bytes_of(trained),
         state=bytes_of(state),
         gradients=gradients,
-        saved=saved_bytes,
+        saved=saved,
         peak=live.peak,
     )
 
@@ -156,8 +156,11 @@ def bytes_of(tensors: Iterable[Tensor]) -> int:
 
 
 @contextmanager
-def saved(own: Iterable[Tensor]) -> Iterator[Callable[[], int]]:
-    """Count what the body keeps for a backward besides `own`; yields the function that says it."""
+def saved_bytes(own: Iterable[Tensor]) -> Iterator[Callable[[], int]]:
+    """Count what the body keeps for a backward besides `own`.
+
+    Yields a function that returns the bytes; from its call on the graph alone holds the tensors.
+    """
     known = {item.untyped_storage()._cdata for item in own}
     kept: list[Tensor] = []
 
@@ -168,7 +171,7 @@ def saved(own: Iterable[Tensor]) -> Iterator[Callable[[], int]]:
 
     def total() -> int:
         found = bytes_of(kept)
-        kept.clear()  # the graph alone may hold them from now on
+        kept.clear()
         return found
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
