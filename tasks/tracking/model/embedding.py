@@ -49,14 +49,14 @@ class Embedding(nn.Module):
         nn.init.trunc_normal_(self.types, std=0.02)
 
     def search(
-        self, image: Float[Tensor, "batch 3 height width"]
+        self, image: Float[Tensor, "batch 3 side side"]
     ) -> Float[Tensor, "batch cells width"]:
         """Return the tokens of search crops."""
         return self._patches(image, self.shape.search_px) + (self.positions + self.types[SEARCH])
 
     def template(
         self,
-        image: Float[Tensor, "batch 3 height width"],
+        image: Float[Tensor, "batch 3 side side"],
         mask: Int[Tensor, "batch rows columns"],
     ) -> Float[Tensor, "batch cells width"]:
         """Return the tokens of template crops, `mask` being 1 on cells that the object touches."""

@@ -169,7 +169,7 @@ def _scales(tensors: Mapping[str, Tensor], layers: list[str], rank: int) -> dict
         return default if found is None else float(found)
 
     return {
-        layer: number(layer, "alpha", "lora_alpha", rank)
+        layer: number(layer, "alpha", "lora_alpha", float(rank))
         / (rank**0.5 if number(layer, "use_rslora", "use_rslora", 0.0) else rank)
         for layer in layers
     }

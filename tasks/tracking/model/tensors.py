@@ -25,9 +25,10 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
             stream.seek(0)
             found = torch.load(stream, map_location="cpu", weights_only=True)
     except Exception as error:  # unpicklers raise anything
-        raise DataError(
-            f"{path} cannot be read as tensors: {str(error).splitlines()[0] if str(error) else ''}"
-        ) from error
+        said = str(error).splitlines()[0] if str(error) else type(error).__name__
+        # What torch says of a foreign file is how to run whatever it contains.
+        reason = "it is no file of tensors" if "weights_only" in said else said
+        raise DataError(f"{path} cannot be read as tensors: {reason}") from error
     if isinstance(found, dict) and isinstance(found.get("model"), dict):
         found = found["model"]
     if not isinstance(found, dict) or not all(isinstance(v, Tensor) for v in found.values()):
