@@ -52,8 +52,11 @@ def result_table(result: dict[str, Any]) -> Table:
     """
     columns = [key for key in COLUMNS if key in result]
     table = Table(
-        title=f"{result['dataset']}: {result['backbone']}, {result['method']}, "
-        f"{result['shots']} shots, in %",
+        # As Text, in which `:five:` is no picture and `[x]` no markup.
+        title=Text(
+            f"{result['dataset']}: {result['backbone']}, {result['method']}, "
+            f"{result['shots']} shots, in %"
+        ),
         title_justify="left",
         min_width=60,
     )

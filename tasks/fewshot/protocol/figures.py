@@ -48,6 +48,8 @@ class Findings:
     """Why a cell has no figures."""
     notes: list[str] = field(default_factory=list)
     """What else belongs below the table."""
+    searches: list[dict[str, Any]] = field(default_factory=list)
+    """What `--lr auto` found and cost, cell by cell."""
 
 
 @dataclass(frozen=True)

@@ -7,20 +7,20 @@ a cell that fails later (a divergence) is named at the end, and the others go on
 """
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
 from math import nan
 from typing import Any
 
 from tasks.fewshot.backbones import TINY, Backbone, load_backbone
-from tasks.fewshot.datasets import Dataset, load_dataset
+from tasks.fewshot.datasets import Dataset
 from tasks.fewshot.experiment import Experiment, prepare
+from tasks.fewshot.protocol.check import check, load_all, shortcomings
 from tasks.fewshot.protocol.config import EXTENSIBLE, Cell, ProtocolConfig
 from tasks.fewshot.protocol.figures import Findings, Record, headline, measured
 from tasks.fewshot.protocol.progress import Progress
 from tasks.fewshot.protocol.rates import (
-    check_validation,
     choose_rate,
     trials,
     validation_experiment,
@@ -29,9 +29,8 @@ from tasks.fewshot.protocol.transfer import as_target, tested, zero_shot
 from tasks.fewshot.protocol.write import write_table
 from tasks.fewshot.rate_search import with_searched_rate
 from tasks.fewshot.report import COLUMNS, print_note
-from tasks.fewshot.sampling import short_classes
 from tasks.fewshot.train import MAY_CHANGE, finish, run_seed
-from visionlora.errors import ConfigError, DataError, DivergedError, VisionLoraError
+from visionlora.errors import DivergedError, VisionLoraError
 from visionlora.training import RunDirectory
 from visionlora.training.device import threads
 
@@ -62,7 +61,7 @@ def run(config: ProtocolConfig) -> dict[str, Any]:
 def _run(config: ProtocolConfig) -> dict[str, Any]:
     backbone = load_backbone(config.backbone, config.pretrained, config.image_size)
     names = dict.fromkeys([*([config.training] if config.training else []), *config.datasets])
-    datasets = _load([name for name in names if name is not None], config)
+    datasets = load_all([name for name in names if name is not None], config)
     check(config, backbone, datasets)
     directory = RunDirectory(config.folder, resume=True)
     directory.write_config(config, volatile=EXTENSIBLE)
@@ -70,7 +69,7 @@ def _run(config: ProtocolConfig) -> dict[str, Any]:
     bench = Bench(
         config, backbone, datasets, directory, _progress(config, datasets, directory), found
     )
-    for note in _short(config, datasets) if directory.main else ():
+    for note in shortcomings(config, datasets) if directory.main else ():
         print_note(note)
         found.notes.append(note)
     if backbone.random_weights:
@@ -88,61 +87,6 @@ def _run(config: ProtocolConfig) -> dict[str, Any]:
         first, reason = next(iter(found.failed.items()))
         raise VisionLoraError(f"{len(found.failed)} cells failed; {first}: {reason}")
     return result
-
-
-def _load(names: list[str], config: ProtocolConfig) -> dict[str, Dataset]:
-    """Read all data sets, and say at once which ones cannot be used."""
-    found: dict[str, Dataset] = {}
-    missing: dict[str, VisionLoraError] = {}
-    for name in names:
-        try:
-            found[name] = load_dataset(name, config.root, config.own_split)
-        except VisionLoraError as error:
-            missing[name] = error
-    if missing:
-        first, *others = missing
-        if not others:
-            raise missing[first]
-        raise DataError(f"{missing[first]}; nor can be used: {', '.join(others)}")
-    return found
-
-
-def check(config: ProtocolConfig, backbone: Backbone, datasets: dict[str, Dataset]) -> None:
-    """Refuse what cannot be used, before anything is written or trained.
-
-    Raises:
-        VisionLoraError: naming the data set or the method.
-    """
-    first = config.cells()[0]
-    if config.transfers and not backbone.has_text:
-        raise ConfigError(f"{config.name} needs a text tower, which timm backbones lack")
-    sources: dict[str, Experiment] = {}
-    for cell in config.cells():
-        # A method meets the backbone, a data set its classes and prompts: no need to try all pairs.
-        in_first = (cell.shots, cell.dataset) == (first.shots, first.dataset)
-        if in_first or cell.dataset not in sources:
-            settings = config.cell(cell.method, cell.dataset, cell.shots)
-            sources[cell.dataset] = prepare(settings, datasets[cell.dataset], backbone)
-    if trials(config, first.dataset, first.method):
-        for name in sources:
-            check_validation(datasets[name])
-    if config.transfers:
-        for name in config.datasets:
-            as_target(config, sources[first.dataset], datasets[name])
-
-
-def _short(config: ProtocolConfig, datasets: dict[str, Dataset]) -> Iterator[str]:
-    """Say which data sets are not what their name promises: own splits, classes that are short."""
-    for name in dict.fromkeys(cell.dataset for cell in config.cells()):
-        dataset, most = datasets[name], max(config.all_shots)
-        if short := short_classes(dataset.train, most):
-            what = "all are used" if config.short_class == "keep" else "some are repeated"
-            yield (
-                f"{len(short)} of {len(dataset.classes)} classes of {name} have fewer than {most} "
-                f"training images: {what}."
-            )
-    if own := [name for name, dataset in datasets.items() if dataset.split == "own"]:
-        yield f"Own split, not comparable with published figures: {', '.join(own)}."
 
 
 def _train_all(bench: Bench, name: str) -> None:
@@ -202,6 +146,7 @@ def _train_cell(
     if missing:
         zero()  # said before the first figure of the data set
     experiment = with_searched_rate(experiment, directory)
+    bench.found.searches += [experiment.lr_search] if experiment.lr_search else []
     seeds = []
     for seed in experiment.config.seed:
         seeds.append(run_seed(experiment, seed, directory.child(f"seed_{seed}"), None))

@@ -81,15 +81,22 @@ def _notes(config: ProtocolConfig, findings: Findings, reference: str) -> list[s
         if config.name == "base-to-new":
             images += " of the base classes"
         notes.append(f"Learning rate of each method chosen among {rates} on {images}.")
+    if searches := findings.searches:
+        steps = sum(search["steps"] for search in searches)
+        seconds = sum(search["seconds"] for search in searches)
+        notes.append(
+            f"Learning rates searched on validation images (--lr auto): {steps:,} steps and "
+            f"{seconds:.0f} s in all."
+        )
     notes += findings.notes
     return notes + [f"Failed: {cell}: {reason}" for cell, reason in findings.failed.items()]
 
 
 def _print(grid: Grid, notes: Sequence[str]) -> None:
     console = Console(width=None if sys.stdout.isatty() else PIPE_WIDTH, highlight=False)
-    table = Table(title=f"{grid.title}, accuracy in %", title_justify="left")
+    table = Table(title=Text(f"{grid.title}, accuracy in %"), title_justify="left")
     for index, column in enumerate(grid.columns):
-        table.add_column(column, justify="right" if index else "left")
+        table.add_column(Text(column), justify="right" if index else "left")
     for row in grid.rows:
         table.add_row(*(Text(cell) for cell in row))
     console.print(table)

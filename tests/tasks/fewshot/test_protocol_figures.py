@@ -5,6 +5,7 @@ import math
 
 import pytest
 from PIL import Image
+from rich.console import Console
 
 from tasks.fewshot.evaluate import harmonic_mean
 from tasks.fewshot.protocol.config import ProtocolConfig
@@ -20,7 +21,9 @@ from tasks.fewshot.protocol.figures import (
 from tasks.fewshot.protocol.plot import save_plot
 from tasks.fewshot.protocol.progress import Progress, duration
 from tasks.fewshot.protocol.rates import gentlest
-from tasks.fewshot.protocol.tables import grids, runs_csv, summary_csv
+from tasks.fewshot.protocol.tables import Grid, grids, runs_csv, summary_csv
+from tasks.fewshot.protocol.write import _print
+from tasks.fewshot.report import result_table
 
 BASE = {"lora": (80.0, 90.0), "glad": (82.0, 88.0)}
 NEW = {"lora": (60.0, 50.0), "glad": (63.0, 57.0)}
@@ -172,3 +175,17 @@ def test_the_estimate_weighs_methods_by_what_they_cost():
 )
 def test_of_rates_that_cannot_be_told_apart_the_smallest_is_taken(means, expected):
     assert gentlest(means) == expected
+
+
+def test_names_are_printed_as_they_are(capsys):
+    """A colon before a name and after it is no picture, and brackets are no markup."""
+    result = {
+        "dataset": "folder:five", "backbone": "tiny", "method": "lora(targets=[q])", "shots": 4,
+        "per_seed": [],
+    }  # fmt: skip
+    console = Console(width=200)
+    console.print(result_table(result))
+    _print(Grid("folder:five: x", ["method", "folder:cat: y"], [["lora[q]", "1.0"]]), [])
+    printed = capsys.readouterr().out
+    for name in ("folder:five: tiny, lora(targets=[q])", "folder:five: x", "folder:cat: y"):
+        assert name in printed

@@ -151,6 +151,15 @@ def test_base_to_new_chooses_rates_without_new_classes(tmp_path):
     )
 
 
+def test_searched_rates_are_those_of_the_runs_and_their_cost_is_said(tmp_path):
+    options = {"method": ["lora"], "shots": [2], "seed": [1], "lr": ["auto"], "limit_test": 20}
+    result = run(tmp_path, "few-shot", **options)
+    search = json.loads((tmp_path / "cells/digits/lora/2-shot/lr_search.json").read_text())
+    assert result["lines"][0]["lr"] == search["lr"]
+    said = f"searched on validation images (--lr auto): {search['steps']} steps and"
+    assert said in (tmp_path / "table.md").read_text()
+
+
 @pytest.fixture
 def photographs(tmp_path, write_images):
     """Return a function that writes a folder data set and returns its name."""
@@ -226,6 +235,7 @@ def test_what_cannot_be_used_is_refused_before_anything_trains(tmp_path, photogr
         ("few-shot", {"dataset": ["digits", long]}, "longer than the 16 tokens"),
         ("base-to-new", {"dataset": ["digits", three]}, "base-to-new needs at least 4 classes"),
         ("few-shot", {"dataset": [lonely], "lr": [0.1, 0.2]}, "one training image"),
+        ("few-shot", {"lr": ["auto"], "shots": [2, 1]}, "one shot a class leaves none"),
         ("few-shot", {"method": ["lora", "lora(rank=99)"]}, "rank"),
         ("cross-dataset", {"source": "digits", "dataset": ["ucf101"]}, "needs CoOp's split"),
     ):
