@@ -67,7 +67,7 @@ def pictures(tmp_path_factory) -> Path:
 
 def config(adapter: Path, pictures: Path, output: Path, **options) -> predict.PredictConfig:
     places = {"adapter": str(adapter), "images": str(pictures), "output": str(output)}
-    return predict.PredictConfig(**places, **options)
+    return predict.PredictConfig(**{"grid": 1, **places, **options})  # drawing many takes seconds
 
 
 def test_corrupt_files_are_named_counted_and_not_fatal(adapter, pictures, tmp_path, capsys):
@@ -114,7 +114,7 @@ def test_never_more_than_one_batch_is_in_memory(adapter, pictures, tmp_path, mon
 
     monkeypatch.setattr(predict, "evaluation_pixels", counted)
     monkeypatch.setattr(ImageFile, "load", loaded)
-    predict.run(config(adapter, pictures, tmp_path, grid=4))
+    predict.run(config(adapter, pictures, tmp_path))
     assert peaks["pixels"] <= BATCH["cpu"] < COUNT / 2
     assert 0 < peaks["open"] <= 2 * images.DECODE_THREADS
 

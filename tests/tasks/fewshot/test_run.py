@@ -94,7 +94,7 @@ def test_a_saved_adapter_predicts_what_the_evaluation_counted(digits, tmp_path):
     assert right > result["zero_shot"]
     grid = np.asarray(Image.open(tmp_path / "out" / "grid.png").convert("L"))
     assert (grid < 128).mean() > 0.2, "the pictures are not in the grid"
-    own = predict.run(predict.PredictConfig(adapter=str(folder / "seed_1"), **config))
+    own = predict.run(predict.PredictConfig(adapter=str(folder / "seed_1"), grid=1, **config))
     assert own["predicted"] == 60
     with pytest.raises(DataError, match=r"unreadable picture .*broken"):
         predict.run(predict.PredictConfig(adapter=str(folder), strict=True, **config))
