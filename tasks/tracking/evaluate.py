@@ -139,7 +139,7 @@ def _track(
         def told(frames: int, spent: float) -> None:
             nonlocal done, seconds
             done, seconds = done + frames, seconds + spent
-            progress.show(done, f"{done / seconds:.1f} frames/s in the tracker,")
+            progress.show(done, f"{done / max(seconds, 1e-9):.1f} frames/s in the tracker,")
 
         ahead = device is not None and device.type != "cpu"
         for item in track_all(tracker, waiting, batch=config.batch, ahead=ahead, on_frames=told):
@@ -202,4 +202,4 @@ def _score(
 def _speed(found: dict[str, Result]) -> float:
     """Return all frames by all seconds of the tracker."""
     seconds = [result.seconds for result in found.values() if result.seconds is not None]
-    return sum(map(len, seconds)) / float(sum(item.sum() for item in seconds))
+    return sum(map(len, seconds)) / max(float(sum(item.sum() for item in seconds)), 1e-9)

@@ -21,7 +21,7 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
     try:
         with path.open("rb") as stream:  # by handle, because torch.load believes suffixes
             if stream.read(9)[8:] == b"{":  # eight bytes give the length of the JSON header
-                return safetensors.torch.load(path.read_bytes())
+                return safetensors.torch.load_file(path)
             stream.seek(0)
             found = torch.load(stream, map_location="cpu", weights_only=True)
     except Exception as error:  # unpicklers raise anything

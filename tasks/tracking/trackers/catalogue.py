@@ -25,6 +25,8 @@ from visionlora.training.device import pick_device
 __all__ = ["TrackerConfig", "load_tracker", "parameter_counts", "tracker_names"]
 
 TINY = "tiny"
+TINY_WEIGHTS = Path(__file__).with_name("tiny.safetensors")
+"""What was trained on the embedded backbone: the tracker that comes with the project."""
 
 
 def _static() -> Any:
@@ -62,7 +64,8 @@ class TrackerConfig:
     weights: str | None = None
     """A trained tracker: a released LoRAT file, or adapter.safetensors of a training run."""
     backbone_weights: str | None = None
-    """Frozen weights of lorat-*: hub (the default), a file of DINOv2, or random (for timing)."""
+    """Frozen weights of lorat-*: hub (the default), a file of DINOv2, or random (for timing).
+    tiny brings its own."""
     pos_mode: PosMode = "resample"
     """native_slice for weights that were trained with the official code's variant on timm."""
     device: str = "auto"
@@ -123,14 +126,21 @@ def load_tracker(
     where = pick_device(device)
     if precision == "fp16" and where.type == "cpu":
         raise ConfigError("precision fp16 needs a cuda or mps device; use bf16 or fp32 on a cpu")
-    if weights is None and name != TINY and backbone_weights != RANDOM:
+    if weights is None and name == TINY and backbone_weights is None:
+        if not TINY_WEIGHTS.is_file():
+            raise ConfigError(
+                f"{TINY_WEIGHTS} is missing; give the weights of a training run, or random "
+                "backbone weights (for timing)"
+            )
+        weights = TINY_WEIGHTS
+    if weights is None and backbone_weights != RANDOM:
         raise ConfigError(
             f"{name} needs weights: a released LoRAT file or the adapter of a training run "
             f"(with random backbone weights it runs untrained, for timing)"
         )
     model = build(name, weights=weights, backbone_weights=backbone_weights, pos_mode=pos_mode)
     tracker = LoRATTracker(model, name, device=where, precision=precision)
-    _merge(model)
+    merge_away(model)
     return tracker
 
 
@@ -144,7 +154,7 @@ def parameter_counts(tracker: Tracker) -> Counts:
 
 
 @torch.no_grad()
-def _merge(model: LoRAT) -> None:
+def merge_away(model: LoRAT) -> None:
     """Put the adapters' changes into the weights and take the adapters out.
 
     Methods that route by input stay: they have no change that fits every frame.

@@ -77,7 +77,7 @@ def run(config: VideoConfig, tracker: Tracker | None = None) -> dict[str, Any]:
     tracker = tracker or config.load()
     folder = Path(config.output or RUNS / f"video-{source.name}").expanduser()
     count = 0
-    seconds = 0.0
+    seconds = 1e-9
     with ExitStack() as stack:
         files: tuple[VideoFile, BoxFile] | None = None
         total = (

@@ -8,13 +8,15 @@ from timm.models.vision_transformer import VisionTransformer
 import visionlora as vl
 from tasks.tracking.model import LoRAT, TrackerShape, add_adapter
 from tasks.tracking.runner import track_all
+from tasks.tracking.trackers.catalogue import merge_away
 from tasks.tracking.trackers.lorat import LoRATTracker
 from tests.tasks.tracking.oracle import path_of, picture, sequence
+from visionlora.record import hosts_of
 
 LENGTHS = (5, 2, 7, 1, 4)
 
 
-def small_model():
+def small_model(method="lorat"):
     vit = VisionTransformer(
         img_size=56,
         patch_size=14,
@@ -25,7 +27,7 @@ def small_model():
         dynamic_img_size=True,
     )
     model = LoRAT(vit, TrackerShape(template_px=28, search_px=56))
-    add_adapter(model, "lorat", rank=2)
+    add_adapter(model, method, rank=2)
     with torch.no_grad():  # boxes of a small object instead of half the crop
         model.head.reg_mlp.layers[-1].bias.fill_(-2.0)
     return model.eval()
@@ -68,3 +70,23 @@ def test_merged_adapters_track_like_unmerged_ones(tracker, tmp_path):
         (after,) = track_all(tracker, [video])
     np.testing.assert_allclose(after.boxes, before.boxes, atol=1e-3, rtol=0)
     assert len(np.unique(before.boxes[1:], axis=0)) == 3  # it does not stand still
+
+
+def test_adapters_leave_no_cost_behind(tmp_path):
+    video = sequence(tmp_path, "plain", 3)
+    tracker = LoRATTracker(small_model())
+    (before,) = track_all(tracker, [video])
+    merge_away(tracker.model)
+    (after,) = track_all(tracker, [video])
+    np.testing.assert_allclose(after.boxes, before.boxes, atol=1e-3, rtol=0)
+    assert not hosts_of(tracker.model)
+    kept = sum(p.numel() for p in tracker.model.parameters())
+    # two blocks of width 24 and rank 2: 18 r d each
+    assert tracker.counts.total - kept == 2 * 18 * 2 * 24
+
+
+def test_methods_that_route_by_input_stay(tmp_path):
+    model = small_model(method="moe-lora")
+    count = len(hosts_of(model))
+    merge_away(model)
+    assert len(hosts_of(model)) == count > 0

@@ -150,6 +150,14 @@ def test_weights_are_asked_for_where_there_are_none():
         load_tracker("static", weights="a.bin")
 
 
+def test_files_of_something_else_are_refused_without_advice_to_run_them(tmp_path):
+    (tmp_path / "notes.bin").write_text("no tensors")
+    with pytest.raises(DataError, match=r"no file of tensors$"):
+        load_tracker("lorat-s-224", weights=tmp_path / "notes.bin")
+    with pytest.raises(DataError, match="no weights file at"):
+        load_tracker("lorat-s-224", weights=tmp_path / "base.bin")
+
+
 def test_half_precision_needs_an_accelerator():
     config = TrackerConfig(tracker="tiny", device="cpu", precision="fp16")
     with pytest.raises(ConfigError, match="fp16 needs"):
