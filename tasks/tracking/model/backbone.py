@@ -102,9 +102,9 @@ def _create(variant: Variant, **options: Any) -> nn.Module:
 
 
 def _embedded() -> nn.Module:
-    from tasks.shared.tiny_vit import load_tiny_vit
+    from tasks.shared.tiny_vit import tiny_vit
 
-    return load_tiny_vit()
+    return tiny_vit()
 
 
 def _from_hub(variant: Variant) -> nn.Module:

@@ -1,14 +1,20 @@
 """The named trackers: sizes, counts and multiply-adds of the published models."""
 
+from pathlib import Path
+
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch.utils.flop_counter import FlopCounterMode
 
 import visionlora as vl
+from tasks.shared.tiny_vit import TinyViT, tiny_vit
+from tasks.shared.tiny_vit.weights import FILE
 from tasks.tracking.model import VARIANTS, backbone, build, find_variant
 from tasks.tracking.model.export import layout_of
 from tasks.tracking.model.released import LAYOUTS
 from tests.tasks.tracking.lorats import SMALL, vit
+from tests.tolerances import assert_close
 from visionlora.errors import ConfigError
 
 # lora, head, types, trainable, total, total after merging, all at -224
@@ -73,6 +79,27 @@ def test_tiny_is_what_its_table_says() -> None:
     trained = sum(item.numel() for _, item in vl.trainable_parameters(model))
     d, rank = variant.width, variant.rank
     assert trained == 6 * 18 * rank * d + (4 * d * d + 9 * d + 5) + 3 * d
+
+
+def test_tiny_takes_weights_of_its_backbone_and_its_whole_grid(tmp_path: Path) -> None:
+    torch.manual_seed(5)
+    trunk = TinyViT()
+    save_file(trunk.state_dict(), tmp_path / "own.safetensors")
+    model = build("tiny", backbone_weights=tmp_path / "own.safetensors")
+    assert torch.equal(model.embedding.positions, trunk.pos_embed)
+    assert torch.equal(model.blocks[5].mlp.fc2.weight, trunk.blocks[5].mlp.fc2.weight)
+    with torch.no_grad(), vl.disabled(model):
+        template = torch.randn(1, 3, 128, 128)
+        tokens = model.remember(template, torch.zeros(1, 8, 8, dtype=torch.long))
+        expected = trunk.patch_embed(template).flatten(1, 2) + trunk.window(8, 8, 0, 0)
+        assert_close(tokens, expected + model.embedding.types[0])
+
+
+@pytest.mark.skipif(not FILE.is_file(), reason="tiny-vit has no weights yet")
+def test_tiny_stands_on_the_embedded_weights() -> None:
+    assert torch.equal(
+        build("tiny").blocks[0].attn.qkv.weight, tiny_vit().blocks[0].attn.qkv.weight
+    )
 
 
 def test_sizes_of_crops() -> None:
