@@ -5,7 +5,8 @@ gives the same bits, and a run that is killed and resumed at step 500 gets the b
 """
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import lru_cache
 
 import cv2
 import torch
@@ -16,6 +17,7 @@ from visionlora.training.sampler import StepSampler, process, shard
 
 AHEAD = 4
 """Batches that each worker prepares in advance."""
+KEPT = 1024
 
 
 class Batches:
@@ -25,13 +27,15 @@ class Batches:
         samples: the samples.
         batch_size: samples per step over all processes.
         workers: processes that prepare batches; 0 makes them where they are asked for.
-        fixed: use this many samples again and again, in shuffled epochs, instead of new ones.
+        fixed: use this many samples again and again, in shuffled epochs, instead of new ones; a
+            thousand of them are kept in memory.
     """
 
     def __init__(
         self, samples: Samples, batch_size: int, *, workers: int = 0, fixed: int | None = None
     ) -> None:
         self.samples = samples
+        self.make = samples if fixed is None else lru_cache(KEPT)(samples)
         self.batch_size = batch_size
         self.workers = workers
         self.unusable: Counter[str] = Counter()
@@ -65,7 +69,7 @@ class Batches:
         if self._running is None or step != self._next:
             self._running = iter(
                 DataLoader(
-                    _Numbered(self.samples),
+                    _Numbered(self.make),
                     batch_sampler=_Steps(self, step),
                     num_workers=self.workers,
                     prefetch_factor=AHEAD,
@@ -89,11 +93,11 @@ def collate(samples: list[Sample]) -> Batch:
 
 
 class _Numbered(Dataset[Sample]):
-    def __init__(self, samples: Samples) -> None:
-        self.samples = samples
+    def __init__(self, make: Callable[[int], Sample]) -> None:
+        self.make = make
 
     def __getitem__(self, number: int) -> Sample:
-        return self.samples(number)
+        return self.make(number)
 
 
 class _Steps(Sampler[list[int]]):

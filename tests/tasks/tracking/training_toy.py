@@ -25,7 +25,8 @@ __all__ = ["toy_vit"]
 def toy_vit(pretrained: bool = False, **options: Any) -> VisionTransformer:
     """A ViT of two blocks."""
     sizes = {"img_size": 56, "patch_size": 14, "embed_dim": WIDTH, "depth": 2, "num_heads": 2}
-    return VisionTransformer(**sizes, **options)
+    known = {name: options[name] for name in ("num_classes", "dynamic_img_size")}
+    return VisionTransformer(**sizes, **known)
 
 
 def write_sequence(folder: Path, count: int = 6, seed: int = 0) -> np.ndarray:
