@@ -18,13 +18,23 @@ SHAPE = TrackerShape(template_px=28, search_px=56)
 WIDTH = 32
 TOY = Variant("toy", "toy_vit", SHAPE, WIDTH, depth=2, heads=2, into=128, out_of=128, rank=4)
 
-__all__ = ["toy_vit"]
+__all__ = ["toy_vit", "toy_vit_wide"]
 
 
 @register_model
 def toy_vit(pretrained: bool = False, **options: Any) -> VisionTransformer:
     """A ViT of two blocks."""
-    sizes = {"img_size": 56, "patch_size": 14, "embed_dim": WIDTH, "depth": 2, "num_heads": 2}
+    return _vit(WIDTH, 2, options)
+
+
+@register_model
+def toy_vit_wide(pretrained: bool = False, **options: Any) -> VisionTransformer:
+    """One that can learn 64 pairs."""
+    return _vit(128, 8, options)
+
+
+def _vit(width: int, heads: int, options: dict[str, Any]) -> VisionTransformer:
+    sizes = {"img_size": 56, "patch_size": 14, "embed_dim": width, "depth": 2, "num_heads": heads}
     known = {name: options[name] for name in ("num_classes", "dynamic_img_size")}
     return VisionTransformer(**sizes, **known)
 
