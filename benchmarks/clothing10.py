@@ -164,8 +164,8 @@ class Bench:
     def experiment(self, settings: dict[str, Any], shots: int) -> Experiment:
         """Return a checked experiment that shares decoded images and features with the others."""
         config = FewshotConfig(
-            backbone=BACKBONE,
-            pretrained=WEIGHTS,
+            backbone=self.backbone.name,
+            pretrained=self.backbone.pretrained,
             image_size=SIZE,
             dataset=self.dataset.name,
             shots=shots,

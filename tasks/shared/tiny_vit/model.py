@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from timm.layers import resample_abs_pos_embed
+from timm.layers.pos_embed import resample_abs_pos_embed
+from timm.models import register_model
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -23,6 +24,8 @@ PATCH = 16
 GRID = 16
 """Positions per side; a picture of 256 pixels has as many patches."""
 WIDTH, DEPTH, HEADS = 192, 6, 3
+NAME = "visionlora_tiny_vit"
+"""Name under which timm builds it."""
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """Normalisation of pixels in 0 .. 1."""
 
@@ -78,6 +81,9 @@ class TinyViT(VisionTransformer):
         num_classes: outputs of a linear head on the mean feature; none for 0.
     """
 
+    pos_embed: nn.Parameter
+    patch_embed: ConvStem
+
     def __init__(
         self,
         *,
@@ -104,6 +110,7 @@ class TinyViT(VisionTransformer):
             dynamic_img_size=True,
             embed_layer=stem,
         )
+        self.heads = heads
         self.pretrained_cfg = self.default_cfg = {
             "input_size": (3, grid * PATCH, grid * PATCH),
             "mean": MEAN,
@@ -145,7 +152,7 @@ class TinyViT(VisionTransformer):
     @torch.no_grad()
     def fold(self) -> "TinyViT":
         """Return the same function without batch norms."""
-        stem = self.patch_embed
+        stem: Any = self.patch_embed
         state = {key: value for key, value in self.state_dict().items() if ".norms." not in key}
         for number, (conv, norm) in enumerate(zip(stem.convs, stem.norms, strict=True)):
             fused = torch.nn.utils.fuse_conv_bn_eval(conv.eval(), norm.eval())
@@ -155,8 +162,20 @@ class TinyViT(VisionTransformer):
             grid=stem.grid_size[0],
             width=self.embed_dim,
             depth=len(self.blocks),
-            heads=self.blocks[0].attn.num_heads,
+            heads=self.heads,
             num_classes=self.num_classes,
         )
         plain.load_state_dict(state)
         return plain.eval()
+
+
+@register_model
+def visionlora_tiny_vit(
+    pretrained: bool = False,
+    pretrained_cfg: object = None,
+    pretrained_cfg_overlay: object = None,
+    cache_dir: object = None,
+    num_classes: int = 0,
+) -> TinyViT:
+    """Return the network with random weights, for `timm.create_model`; takes any picture size."""
+    return TinyViT(num_classes=num_classes)

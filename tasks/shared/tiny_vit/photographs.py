@@ -187,7 +187,8 @@ def _thumbnail(picture: Picture) -> Float[np.ndarray, "n"]:
 def _store(pictures: list[tuple[str, Picture]], output: Path) -> list[Entry]:
     entries, offset = [], 0
     for name, picture in pictures:
-        entries.append(Entry(name, *picture.shape[:2], offset))
+        height, width = picture.shape[:2]
+        entries.append(Entry(name, height, width, offset))
         offset += picture.size
 
     def write(path: Path) -> None:
