@@ -1,8 +1,8 @@
 """Correlation of frozen features: the object as a stamp of what a network sees in it.
 
-    init     128-px crop of area factor 2 -> 8 x 8 features, cut to the cells of the object: T
+    init     128-px crop of area factor 2 -> 8 x 8 features; T: cells with their centre in the box
     track    256-px crops of area factor 4 at 3 sizes -> 16 x 16 features each: S
-             score(u) = <T, S_u> / (|T| |S_u|)                       cosine of T and a window of S
+             score(u) = mean over the cells c of T of cosine(T_c, S_{u + c})
              penalised = (1 - w) penalty_size score + w Hann,        w = 0.3
              the best place moves the box; the best size changes it by the share 0.59
 
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from numpy.typing import ArrayLike
 from torch import Tensor
 
@@ -26,7 +26,6 @@ from tasks.shared.tiny_vit.teacher import Teacher
 from tasks.tracking.boxes import Boxes, clip, xywh_to_xyxy, xyxy_to_xywh
 from tasks.tracking.geometry.crop import Mapping, channel_mean, crop, crop_mapping, widen
 from tasks.tracking.geometry.post import hann, next_state
-from tasks.tracking.geometry.raster import cells
 from tasks.tracking.trackers.base import Frame, Output, checked_box
 from visionlora.errors import AdapterStateError
 
@@ -73,10 +72,8 @@ class FeatureCorrelation:
         fill = channel_mean(pixels)
         mapping = crop_mapping(corners, TEMPLATE_PX, TEMPLATE_FACTOR)
         template, mapping = crop(pixels, mapping, TEMPLATE_PX, fill)
-        grid = TEMPLATE_PX // STRIDE
         inside = mapping.apply(corners)
-        covered = cells(inside, TEMPLATE_PX, grid)
-        rows, columns = np.flatnonzero(covered.any(1)), np.flatnonzero(covered.any(0))
+        columns, rows = (_covered(inside[axis], inside[axis + 2]) for axis in (0, 1))
         whole = self._map(template[None])
         stamp = whole[:, :, rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
         middle = STRIDE * np.array([columns.mean() + 0.5, rows.mean() + 0.5])
@@ -123,12 +120,16 @@ class FeatureCorrelation:
 def similarity(
     search: Float[Tensor, "b c g g"], stamp: Float[Tensor, "1 c h w"]
 ) -> Float[Tensor, "b 1 g2 g3"]:
-    """Return the cosine of the stamp and every window of its size, -1 .. 1."""
+    """Return the mean cosine between the cells of the stamp and of every window of its size."""
     height, width = stamp.shape[2:]
-    product = F.conv2d(search, stamp)
-    energy = F.avg_pool2d(search.square().sum(1, keepdim=True), (height, width), stride=1)
-    lengths = (energy * height * width).sqrt() * stamp.norm()
-    return product / lengths.clamp(min=1e-9)
+    return F.conv2d(F.normalize(search, dim=1), F.normalize(stamp, dim=1)) / (height * width)
+
+
+def _covered(first: float, last: float) -> Int[np.ndarray, "n"]:
+    """Return the cells of the template with their centre in a stretch, or the one nearest to it."""
+    centres = STRIDE * (np.arange(TEMPLATE_PX // STRIDE) + 0.5)
+    found = np.flatnonzero((centres > first) & (centres < last))
+    return found if found.size else np.abs(centres - (first + last) / 2).argmin(keepdims=True)
 
 
 def _moved(

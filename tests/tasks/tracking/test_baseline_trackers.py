@@ -105,15 +105,24 @@ def test_features_follow_an_object_that_grows_or_shrinks(factor, least, most, sc
     assert found[2] / found[3] == pytest.approx(BOX[2] / BOX[3])
 
 
-def test_similarity_is_the_cosine_of_windows():
+def test_similarity_is_the_mean_cosine_of_cells():
     generator = torch.Generator().manual_seed(0)
     search = torch.randn(2, 5, 7, 6, generator=generator)
     stamp = torch.randn(1, 5, 3, 2, generator=generator)
     found = similarity(search, stamp)
     assert found.shape == (2, 1, 5, 5)
     window = search[1, :, 2:5, 3:5]
-    expected = torch.cosine_similarity(window.flatten(), stamp.flatten(), dim=0)
-    assert_close(found[1, 0, 2, 3], expected)
+    assert_close(found[1, 0, 2, 3], torch.cosine_similarity(window, stamp[0], dim=0).mean())
+
+
+def test_stamp_has_the_cells_whose_centre_is_in_the_box(scene):
+    tracker = FeatureCorrelation(blocks)
+    # Area factor 2 of a 40 x 20 box: sides of 70 x 50 px, so 128 px for sqrt(70 * 50) = 59.2 px and
+    # the object is 86.5 x 43.3 px about the middle: centres from 24 to 104 and from 56 to 72 px.
+    tracker.init(scene, (50.0, 40.0, 40.0, 20.0))
+    assert tracker._state.stamp.shape == (1, 48, 2, 6)
+    tracker.init(scene, (50.0, 40.0, 60.0, 4.0))
+    assert tracker._state.stamp.shape[2] == 1
 
 
 @pytest.mark.parametrize("tracker", trackers(), ids=lambda tracker: tracker.name)
