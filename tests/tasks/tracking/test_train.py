@@ -210,7 +210,7 @@ def test_fixed_pairs_are_learnt_by_heart(data, tmp_path, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.data
 def test_64_pairs_of_real_frames_are_learnt_by_heart(tracking_data, tmp_path, monkeypatch):
-    """Adapters of rank 32 on a small frozen ViT of random weights; 0.98 was measured."""
+    """Adapters of rank 32 on a small frozen ViT of random weights."""
     wide = {"width": 128, "into": 512, "out_of": 512, "rank": 32, "backbone": "toy_vit_wide"}
     monkeypatch.setitem(VARIANTS, "toy", TOY.__class__(**{**vars(TOY), **wide}))
     monkeypatch.setattr(train, "MEASURED", 64)
