@@ -25,6 +25,7 @@ from visionlora.io.export import ExportReport, export
 from visionlora.io.inspect import AdapterInfo, inspect
 from visionlora.io.integers import load_integers, save_integers
 from visionlora.io.native import adapter_state_dict, load, load_adapter_state_dict, save
+from visionlora.lean import make_lean
 from visionlora.ranks import finalize
 from visionlora.ranks.allocation import SqueezeReport
 from visionlora.ranks.bops import BopsReport, bops
@@ -65,6 +66,7 @@ __all__ = [
     "load",
     "load_adapter_state_dict",
     "load_integers",
+    "make_lean",
     "merge",
     "merged",
     "methods",

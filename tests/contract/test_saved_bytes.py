@@ -73,6 +73,8 @@ def test_lora_on_the_real_widths_stays_within_the_budget():
     assert ratios["lora"] <= 1.56
     assert ratios["lora-fa"] <= 1.02
     assert ratios["block-lora"] <= 1.36
+    vl.inject(model, "lora", targets=list(ALL), rank=8, lean=True)
+    assert saved_bytes(model, x) / floor <= 1.01
 
 
 @pytest.mark.parametrize("rank", [1, 4])
@@ -91,6 +93,37 @@ def test_the_grid_layout_keeps_a_fraction_of_the_input(blocks):
     options = {"rank": 2, "dropout": 0.0, "layout": "grid", "blocks": blocks}
     expected = sum(INPUTS.values()) / blocks + 4 * 2
     assert floats_beyond_the_floor("block-lora", **options) == expected
+
+
+LEAN = {
+    "lora": ({"rank": 4}, 4 * 4),
+    "hira": ({"rank": 4}, 0),
+    "full": ({}, 0),
+    # the attention's output in two slices that are added
+    "block-lora": ({"rank": 2, "dropout": 0.0, "layout": "grid", "blocks": 2}, WIDTH / 2 + 4 * 2),
+}
+
+
+@pytest.mark.parametrize("method", LEAN)
+def test_lean_adapters_keep_no_input_at_all(method):
+    options, expected = LEAN[method]
+    assert floats_beyond_the_floor(method, lean=True, **options) == expected
+
+
+def test_lean_slices_keep_their_hidden_tensors_alone():
+    assert floats_beyond_the_floor("lora", ["attn.qkv[q,v]", "mlp.fc2"], rank=3, lean=True) == 9
+
+
+def test_lean_layers_without_a_gradient_before_them_keep_their_input_once():
+    block = vit().blocks[0]
+    x = torch.randn(2, TOKENS, WIDTH)
+    kept = []
+    for lean in (False, True):
+        vl.inject(block, "lora", list(ALL), rank=2, lean=lean)
+        kept.append(saved_bytes(block, x))
+        vl.eject(block)
+    # the norm before q, k, v keeps nothing here, so that input stays
+    assert kept[0] - kept[1] == 4 * x[..., 0].numel() * (WIDTH + 4 * WIDTH)
 
 
 def test_slices_of_a_projection_share_one_input():

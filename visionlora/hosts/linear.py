@@ -21,10 +21,12 @@ from visionlora.hosts.changes import (
     product,
     with_bias_changes,
 )
+from visionlora.hosts.lean import made_of
 from visionlora.methods.base import Layer
 from visionlora.ops import (
     Branch,
     Change,
+    Rebuilt,
     changed_weight,
     dense_linear,
     lora_linear,
@@ -88,7 +90,7 @@ def adapted_linear(
     bias = with_bias_changes(bias, slots)
     tokens = x.numel() // x.shape[-1]
     if mode == "auto" and _contracts(slots, weight, tokens, training):
-        return dense_linear(x, weight, bias, [dense_change(slot) for slot in slots])
+        return dense_linear(x, weight, bias, [dense_change(slot) for slot in slots], made_of(x))
     if mode != "dense" and any(slot.delta.update is not None for slot in slots):
         return _with_updates(x, weight, bias, slots, training)
     if mode != "dense" and _rotates(slots):
@@ -119,12 +121,15 @@ def adapted_linear(
             branch = Branch(*factors, *place_of(slot), delta.frozen_factor, *gain)
             groups.setdefault((delta.fold, drop), []).append(branch)
     if not groups:
-        return dense_linear(x, weight, bias, changes) if changes else F.linear(x, weight, bias)
+        if not changes:
+            return F.linear(x, weight, bias)
+        return dense_linear(x, weight, bias, changes, made_of(x))
     if changes:
         own = [change.tensors for change in changes]
         weight = changed_weight(weight, changes, own)
     (first, branches), *others = groups.items()
-    y = lora_linear(x, weight, bias, branches, _branch_input(x, *first))
+    z, rebuilt = _branch_input(x, *first), _rebuilt(x, *first)
+    y = lora_linear(x, weight, bias, branches, z, rebuilt)
     for key, more in others:
         z = _branch_input(x, *key)
         for branch in more:
@@ -187,8 +192,20 @@ def _branch_input(x: Tensor, fold: int, dropout: float) -> Tensor | None:
     """Return the input of a group of branches, or None where it is the layer's own input."""
     if fold == 1 and dropout == 0.0:
         return None
-    z = x if fold == 1 else x.unflatten(-1, (fold, -1)).sum(-2)
+    z = _folded(x, fold)
     return F.dropout(z, dropout) if dropout else z
+
+
+def _folded(x: Tensor, fold: int) -> Tensor:
+    return x if fold == 1 else x.unflatten(-1, (fold, -1)).sum(-2)
+
+
+def _rebuilt(x: Tensor, fold: int, dropout: float) -> Rebuilt | None:
+    """Return what the input of a group of branches is made of, where that is kept anyway."""
+    found = None if dropout else made_of(x)
+    if found is None or fold == 1:
+        return found
+    return Rebuilt(found.origin, lambda origin: _folded(found.make(origin), fold))
 
 
 def _with_updates(

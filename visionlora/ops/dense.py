@@ -3,8 +3,8 @@ r"""A linear layer whose whole weight changes, without keeping the changed weigh
     y = x (W + sum_i s_i D_i)^T + b,   D_i = build_i(W, theta_i)
 
 Written as plain autograd this keeps every intermediate of the build and the changed weight itself.
-Here `x`, the parameters and a reference to W are kept; the backward evaluates the build once more
-and takes its vector-Jacobian product in weight space:
+Here `x` (or what it can be made of again), the parameters and a reference to W are kept; the
+backward evaluates the build once more and takes its vector-Jacobian product in weight space:
 
     dx = g W',   dW' = g^T x,   d theta_i = (d D_i / d theta_i)^T s_i dW'
 
@@ -23,6 +23,8 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
+
+from visionlora.ops.rebuilt import Rebuilt
 
 
 class Change(NamedTuple):
@@ -50,6 +52,7 @@ def dense_linear(
     weight: Float[Tensor, "out in"],
     bias: Float[Tensor, " out"] | None,
     changes: list[Change],
+    rebuilt: Rebuilt | None = None,
 ) -> Float[Tensor, "*batch out"]:
     """Return `x (W + changes)^T + b`.
 
@@ -58,6 +61,7 @@ def dense_linear(
         weight: frozen weight, `(out, in)`.
         bias: `(out,)` or None.
         changes: what is added to which rows of the weight.
+        rebuilt: what `x` is made of, to be kept in its place.
 
     Returns:
         `(*batch, out)` in the compute type of `x` (the autocast type where autocast is on).
@@ -71,7 +75,8 @@ def dense_linear(
             return F.linear(x, changed.to(x.dtype), None if bias is None else bias.to(x.dtype))
         tensors = [tensor for change in changes for tensor in change.tensors]
         kept = _Kept()
-        y = _DenseLinear.apply(x.reshape(-1, x.shape[-1]), weight, bias, changes, kept, *tensors)
+        x2, made_of = x.reshape(-1, x.shape[-1]), rebuilt or (None, None)
+        y = _DenseLinear.apply(x2, weight, bias, *made_of, changes, kept, *tensors)
         if y.requires_grad and any(change.uses_output for change in changes):
             y = _KeepOutput.apply(y, kept)
         return y.view(*x.shape[:-1], weight.shape[0])
@@ -100,23 +105,27 @@ class _DenseLinear(torch.autograd.Function):
     """See the module docstring; x is 2-D here."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, changes, kept, *tensors):  # type: ignore[no-untyped-def]
+    def forward(ctx, x, weight, bias, origin, make, changes, kept, *tensors):  # type: ignore[no-untyped-def]
         changed = changed_weight(weight, changes, _split(changes, tensors))
-        # needs_input_grad: x, weight, bias, changes, kept, tensors ...
-        trains = ctx.needs_input_grad[1] or any(ctx.needs_input_grad[5:])
-        ctx.changes, ctx.kept = changes, kept
-        ctx.save_for_backward(x if trains else None, weight, bias, *tensors)
+        # needs_input_grad: x, weight, bias, origin, make, changes, kept, tensors ...
+        trains = ctx.needs_input_grad[1] or any(ctx.needs_input_grad[7:])
+        ctx.changes, ctx.kept, ctx.make, ctx.dtype = changes, kept, make, x.dtype
+        source = x if make is None else origin
+        ctx.save_for_backward(source if trains else None, weight, bias, *tensors)
         return F.linear(x, changed.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
     @staticmethod
     def backward(ctx, g):  # type: ignore[no-untyped-def]
         x, weight, bias, *tensors = ctx.saved_tensors
         needs = ctx.needs_input_grad
+        if x is not None and ctx.make is not None:
+            x = ctx.make(x).to(ctx.dtype)
+            x = x.reshape(-1, x.shape[-1])
         output, ctx.kept.output = ctx.kept.output, None
         again = torch.is_grad_enabled()  # a second derivative is wanted
         sources = [weight, *tensors]
         if not again:
-            wanted = (needs[1], *needs[5:])
+            wanted = (needs[1], *needs[7:])
             sources = [
                 item.detach().requires_grad_(need)
                 for item, need in zip(sources, wanted, strict=True)
@@ -142,7 +151,7 @@ class _DenseLinear(torch.autograd.Function):
                 for index, gradient in zip(inputs, found, strict=True):
                     grads[index] = gradient
             grad_bias = g.sum(0) if needs[2] else None
-        return grad_x, grads[0], grad_bias, None, None, *grads[1:]
+        return grad_x, grads[0], grad_bias, None, None, None, None, *grads[1:]
 
 
 class _KeepOutput(torch.autograd.Function):

@@ -17,17 +17,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from visionlora.ops.rebuilt import Rebuilt
+
 Layout = tuple[tuple[float, tuple[int, int] | None], ...]
 """Scale and rows of every branch."""
 
 
 def frozen_up_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, layout: Layout, factors: Sequence[Tensor]
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    layout: Layout,
+    factors: Sequence[Tensor],
+    rebuilt: Rebuilt | None = None,
 ) -> Tensor:
-    """Return the layer's output for 2-D `x`; `factors` alternates up and down."""
+    """Return the layer's output for 2-D `x`; `factors` alternates up and down.
+
+    What `x` is made of, if that is known, is kept in its place.
+    """
     rank = sum(up.shape[1] for up in factors[0::2])
     keeps = _keeps(x.shape[0], rank, weight.shape[0])
-    y, _ = _FrozenUp.apply(x, weight, bias, layout, keeps, *factors)
+    y, _ = _FrozenUp.apply(x, weight, bias, *(rebuilt or (None, None)), layout, keeps, *factors)
     return y
 
 
@@ -59,20 +69,26 @@ def changed(
     return result
 
 
+_DOWN = 8  # place of `down_0` among the arguments
+
+
 class _FrozenUp(torch.autograd.Function):
     """See the module docstring."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, layout, keeps, *factors):  # type: ignore[no-untyped-def]
+    def forward(ctx, x, weight, bias, origin, make, layout, keeps, *factors):  # type: ignore[no-untyped-def]
         ups, downs = factors[0::2], factors[1::2]
         whole = changed(weight.to(x.dtype), layout, ups, downs)
         y = F.linear(x, whole, None if bias is None else bias.to(x.dtype))
         kept = whole if keeps else x.new_empty(0)
-        # needs_input_grad: x, weight, bias, layout, keeps, up_0, down_0, up_1, down_1, ...
-        trains = ctx.needs_input_grad[1] or any(ctx.needs_input_grad[6::2])
-        ctx.layout, ctx.keeps = layout, keeps
+        # needs_input_grad: x, weight, bias, origin, make, layout, keeps, up_0, down_0, up_1, ...
+        trains = ctx.needs_input_grad[1] or any(ctx.needs_input_grad[_DOWN::2])
+        ctx.layout, ctx.keeps, ctx.make, ctx.dtype = layout, keeps, make, x.dtype
+        source = x if make is None else origin
         ctx.types = [down.dtype for down in downs]
-        ctx.save_for_backward(x if trains else None, weight, kept, *ups, *(() if keeps else downs))
+        ctx.save_for_backward(
+            source if trains else None, weight, kept, *ups, *(() if keeps else downs)
+        )
         ctx.set_materialize_grads(False)
         return y, kept
 
@@ -81,9 +97,12 @@ class _FrozenUp(torch.autograd.Function):
         x, weight, kept, *rest = ctx.saved_tensors
         needs, layout = ctx.needs_input_grad, ctx.layout
         ups, downs = rest[: len(layout)], rest[len(layout) :]
+        if g is None and g_kept is None:
+            return (None,) * len(needs)
+        if x is not None and ctx.make is not None:
+            x = ctx.make(x).to(ctx.dtype)
+            x = x.reshape(-1, x.shape[-1])
         if g is None:
-            if g_kept is None:
-                return (None,) * len(needs)
             g = g_kept.new_zeros(x.shape[0], weight.shape[0])  # only W' was used
         parts = [g if rows is None else g[:, rows[0] : rows[1]] for _, rows in layout]
         dense = needs[1] or g_kept is not None or _dense_order(x, weight, ups)
@@ -106,7 +125,7 @@ class _FrozenUp(torch.autograd.Function):
             grad_weight = grad_weight if g_kept is None else grad_weight + g_kept
         grads = [None] * (2 * len(layout))
         for index, ((scale, rows), up) in enumerate(zip(layout, ups, strict=True)):
-            if not needs[6 + 2 * index]:
+            if not needs[_DOWN + 2 * index]:
                 continue
             if grad_weight is not None:
                 own = grad_weight if rows is None else grad_weight[rows[0] : rows[1]]
@@ -116,7 +135,7 @@ class _FrozenUp(torch.autograd.Function):
             grads[2 * index + 1] = grad.to(ctx.types[index])
         if grad_weight is not None:
             grad_weight = grad_weight.to(weight.dtype) if needs[1] else None
-        return grad_x, grad_weight, g.sum(0) if needs[2] else None, None, None, *grads
+        return grad_x, grad_weight, g.sum(0) if needs[2] else None, *(None,) * 4, *grads
 
 
 def _dense_order(x: Tensor | None, weight: Tensor, ups: Sequence[Tensor]) -> bool:

@@ -21,9 +21,10 @@ A branch may have a gain `a`, a constant per output that multiplies the gradient
 
 which costs the columns `a * B_i` beside `B_i` in the product that makes `gh`.
 
-Saved for backward: `z` (only if some A is trained), `h` (only if some B is trained), and
-references to the weights. The backward is itself differentiable, so second-order methods work: `h`
-is a second output, because a saved tensor that is neither input nor output counts as a constant.
+Saved for backward: `z` (only if some A is trained; or what it can be made of again, see
+`visionlora.ops.rebuilt`), `h` (only if some B is trained), and references to the weights. The
+backward is itself differentiable, so second-order methods work: `h` is a second output, because a
+saved tensor that is neither input nor output counts as a constant.
 """
 
 from typing import Literal, NamedTuple
@@ -35,6 +36,7 @@ from torch import Tensor
 
 from visionlora.ops import frozen_up
 from visionlora.ops.frozen_up import changed
+from visionlora.ops.rebuilt import Rebuilt
 
 Frozen = Literal["up", "down", ""]
 Gain = tuple[Tensor | None, bool]
@@ -80,6 +82,7 @@ def lora_linear(
     bias: Float[Tensor, " out"] | None,
     branches: list[Branch],
     z: Float[Tensor, "*batch folded"] | None = None,
+    rebuilt: Rebuilt | None = None,
 ) -> Float[Tensor, "*batch out"]:
     """Return `x W^T + b` with all branches added in place.
 
@@ -89,6 +92,7 @@ def lora_linear(
         bias: `(out,)` or None.
         branches: factors `up (rows, r_i)` and `down (r_i, in_z)`, with scales.
         z: input of the branches, `(*batch, in_z)`; None means `x`.
+        rebuilt: what the input of the branches is made of, to be kept in its place.
 
     Returns:
         `(*batch, out)` in the compute type of `x` (the autocast type where autocast is on).
@@ -99,12 +103,17 @@ def lora_linear(
         x = x.to(dtype)
         z = None if z is None else z.to(dtype)
         with torch.autocast(device, enabled=False):
-            return _apply(x, weight, bias, branches, z)
-    return _apply(x, weight, bias, branches, z)
+            return _apply(x, weight, bias, branches, z, rebuilt)
+    return _apply(x, weight, bias, branches, z, rebuilt)
 
 
 def _apply(
-    x: Tensor, weight: Tensor, bias: Tensor | None, branches: list[Branch], z: Tensor | None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    branches: list[Branch],
+    z: Tensor | None,
+    rebuilt: Rebuilt | None,
 ) -> Tensor:
     layout = tuple((branch.scale, branch.rows) for branch in branches)
     factors = [tensor for branch in branches for tensor in (branch.up, branch.down)]
@@ -117,10 +126,13 @@ def _apply(
     z2 = None if z is None else z.reshape(-1, z.shape[-1])
     merged = _merged(branches, weight, x2.shape[0]) if z is None else ""
     if merged == "up":
-        y = frozen_up.frozen_up_linear(x2, weight, bias, layout, factors)
+        y = frozen_up.frozen_up_linear(x2, weight, bias, layout, factors, rebuilt)
     else:
         gains = tuple((branch.gain, branch.gain_to_input) for branch in branches)
-        y, _ = _LoRALinear.apply(x2, z2, weight, bias, layout, merged == "down", gains, *factors)
+        origin, make = rebuilt or (None, None)
+        y, _ = _LoRALinear.apply(
+            x2, z2, weight, bias, origin, make, layout, merged == "down", gains, *factors
+        )
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
@@ -166,17 +178,21 @@ def _rows(y: Tensor, rows: tuple[int, int] | None) -> Tensor:
     return y if rows is None else y[:, rows[0] : rows[1]]
 
 
+# Places of `up_0` and `down_0` among the arguments: x, z, weight, bias, origin, make, layout,
+# merged, gains, up_0, down_0, up_1, down_1, ...
+_UP, _DOWN = 9, 10
+
+
 class _LoRALinear(torch.autograd.Function):
     """See the module docstring; x and z are 2-D here."""
 
     @staticmethod
-    def forward(ctx, x, z, weight, bias, layout, merged, gains, *factors):  # type: ignore[no-untyped-def]
+    def forward(ctx, x, z, weight, bias, origin, make, layout, merged, gains, *factors):  # type: ignore[no-untyped-def]
         ups, downs = factors[0::2], factors[1::2]
         dtype = x.dtype
         bias = None if bias is None else bias.to(dtype)
-        # needs_input_grad: x, z, weight, bias, layout, merged, gains, up_0, down_0, up_1, ...
-        trains_up = any(ctx.needs_input_grad[7::2])
-        trains_down = any(ctx.needs_input_grad[8::2])
+        trains_up = any(ctx.needs_input_grad[_UP::2])
+        trains_down = any(ctx.needs_input_grad[_DOWN::2])
         y = F.linear(x, weight.to(dtype), bias)
         h = (x if z is None else z) @ _stack(downs, dtype).t()
         start = 0
@@ -188,10 +204,11 @@ class _LoRALinear(torch.autograd.Function):
         ctx.layout, ctx.gains = layout, gains
         ctx.merged = merged and not trains_down
         ctx.separate = z is not None
-        ctx.dtype = dtype
+        ctx.dtype, ctx.make = dtype, make
         ctx.save_for_backward(
-            x if keeps_x else None,
-            z if trains_down else None,
+            x if keeps_x and (make is None or ctx.separate) else None,
+            z if trains_down and make is None else None,
+            origin if trains_down or (keeps_x and z is None) else None,
             h if trains_up else None,
             weight,
             *factors,
@@ -201,16 +218,20 @@ class _LoRALinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, g, g_hidden):  # type: ignore[no-untyped-def]
-        x, z, h, weight, *factors = ctx.saved_tensors
+        x, z, origin, h, weight, *factors = ctx.saved_tensors
         ups, downs = factors[0::2], factors[1::2]
         needs = ctx.needs_input_grad
         dtype = ctx.dtype
         if g is None and g_hidden is None:
             return (None,) * len(needs)
+        if origin is not None:
+            made = ctx.make(origin)
+            made = made.to(dtype).reshape(-1, made.shape[-1])
+            x, z = (x, made) if ctx.separate else (made, None)
         if g is None:  # second order: only the hidden output was used
             g = g_hidden.new_zeros(g_hidden.shape[0], weight.shape[0])
         merged = ctx.merged and g_hidden is None
-        wanted = needs[1] if ctx.separate else needs[0], any(needs[8::2])
+        wanted = needs[1] if ctx.separate else needs[0], any(needs[_DOWN::2])
         hidden, grad_ups, start = [], [], 0
         for index, (place, up, gain) in enumerate(zip(ctx.layout, ups, ctx.gains, strict=True)):
             scale, rows = place
@@ -218,7 +239,7 @@ class _LoRALinear(torch.autograd.Function):
             if not merged:
                 hidden.append(_hidden_gradients(part, up, scale, gain, wanted))
             grad = None
-            if needs[7 + 2 * index]:
+            if needs[_UP + 2 * index]:
                 used = h[:, start : start + up.shape[1]]
                 grad = (used.t() @ part).mul_(scale).t().to(up.dtype)
                 grad = grad if gain[0] is None else grad * gain[0][:, None].to(up.dtype)
@@ -243,12 +264,12 @@ class _LoRALinear(torch.autograd.Function):
         grad_weight = (g.t() @ x).to(weight.dtype) if needs[2] else None
         grad_bias = g.sum(0) if needs[3] else None  # autograd casts to the type of the bias
         grad_downs = [None] * len(downs)
-        if any(needs[8::2]):
+        if any(needs[_DOWN::2]):
             stacked = gh_down.t() @ (z if ctx.separate else x)
             pieces = stacked.split([item.shape[0] for item in downs])
             grad_downs = [
-                piece.to(item.dtype) if needs[8 + 2 * index] else None
+                piece.to(item.dtype) if needs[_DOWN + 2 * index] else None
                 for index, (piece, item) in enumerate(zip(pieces, downs, strict=True))
             ]
         grads = [item for pair in zip(grad_ups, grad_downs, strict=True) for item in pair]
-        return grad_x, grad_z, grad_weight, grad_bias, None, None, None, *grads
+        return grad_x, grad_z, grad_weight, grad_bias, *(None,) * (_UP - 4), *grads
