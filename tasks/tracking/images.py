@@ -11,6 +11,8 @@ from torch import Tensor
 from visionlora.errors import DataError
 
 Frame = UInt8[np.ndarray, "height width 3"]
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+"""ImageNet's, of pixels in 0..1: what every backbone takes."""
 
 
 def read_image(path: Path) -> Frame:

@@ -23,13 +23,11 @@ from tasks.tracking.boxes import Boxes, clip, xywh_to_xyxy, xyxy_to_xywh
 from tasks.tracking.geometry.crop import channel_mean, crop, crop_mapping, widen
 from tasks.tracking.geometry.post import next_state, select
 from tasks.tracking.geometry.raster import cells
+from tasks.tracking.images import MEAN, STD
 from tasks.tracking.model.lorat import LoRAT
 from tasks.tracking.trackers.base import Counts, Frame, Output, checked_box
 from visionlora.errors import AdapterStateError, DivergedError
 from visionlora.training.device import autocast
-
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-"""ImageNet's, of pixels in 0..1."""
 
 
 @dataclass(eq=False)

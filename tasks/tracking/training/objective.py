@@ -6,9 +6,9 @@ from torch import Tensor, nn
 
 from tasks.tracking.boxes import overlap
 from tasks.tracking.geometry.post import select
+from tasks.tracking.images import MEAN, STD
 from tasks.tracking.losses import tracking_loss
 from tasks.tracking.model.head import Prediction
-from tasks.tracking.trackers.lorat import MEAN, STD
 from tasks.tracking.training.samples import Batch
 
 

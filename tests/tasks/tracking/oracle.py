@@ -10,11 +10,11 @@ import torch
 from PIL import Image
 from torch import nn
 
+from tasks.tracking.images import MEAN, STD
 from tasks.tracking.model.lorat import Prediction
 from tasks.tracking.model.variants import TrackerShape
 from tasks.tracking.sequences.sequence import Sequence
 from tasks.tracking.trackers.base import Output, checked_box
-from tasks.tracking.trackers.lorat import MEAN, STD
 
 SHAPE = TrackerShape(template_px=56, search_px=112)
 

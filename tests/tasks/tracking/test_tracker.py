@@ -6,6 +6,7 @@ import torch
 
 from tasks.tracking.boxes import iou, xywh_to_xyxy
 from tasks.tracking.geometry.raster import cells
+from tasks.tracking.images import MEAN, STD
 from tasks.tracking.model.lorat import Prediction
 from tasks.tracking.trackers.catalogue import (
     TrackerConfig,
@@ -13,7 +14,7 @@ from tasks.tracking.trackers.catalogue import (
     parameter_counts,
     tracker_names,
 )
-from tasks.tracking.trackers.lorat import MEAN, STD, LoRATTracker
+from tasks.tracking.trackers.lorat import LoRATTracker
 from tests.tasks.tracking.oracle import SHAPE, OracleModel, path_of, picture
 from visionlora.errors import AdapterStateError, ConfigError, DataError, DivergedError
 

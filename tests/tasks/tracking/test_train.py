@@ -199,6 +199,7 @@ def test_training_goes_on_from_a_trained_tracker(data, tmp_path):
         assert_close(second[name], value)
 
 
+@pytest.mark.slow
 def test_fixed_pairs_are_learnt_by_heart(data, tmp_path, monkeypatch):
     """A wrong crop, label or loss shows here: its pairs cannot be learnt."""
     monkeypatch.setattr(train, "MEASURED", 4)
