@@ -97,7 +97,7 @@ def test_other_options_are_refused_and_nothing_is_touched(tmp_path):
     assert exact(model) == before
 
 
-@pytest.mark.parametrize("case", ["increlora", "diffora"])
+@pytest.mark.parametrize("case", ["increlora", pytest.param("diffora", marks=pytest.mark.slow)])
 def test_a_killed_process_resumes_bit_identically(case, tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, __file__, case, str(tmp_path / "killed")]

@@ -104,6 +104,7 @@ def test_towers_without_attention_are_refused(backbone):
         adapter_targets(backbone.clip, "both", ["q"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", vl.list_methods())
 def test_every_registered_method_lowers_the_loss(backbone, method):
     config = FewshotConfig(method=method)
