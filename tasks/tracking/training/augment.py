@@ -23,6 +23,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 from tasks.tracking.boxes import clip
+from visionlora.errors import ConfigError
 
 FLIP = 0.5
 JITTER = 0.4
@@ -84,7 +85,12 @@ def _one_of_three() -> Any:
     """Return the third step, for `image` and `search`."""
     # Importing it would ask a package index for news otherwise; it takes a second as it is.
     os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
-    import albumentations as A
+    try:
+        import albumentations as A
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            "training augments with albumentations: pip install 'visionlora[tracking]'"
+        ) from error
 
     steps = [
         A.ToGray(method="weighted_average", p=1),
