@@ -5,8 +5,9 @@ python benchmarks/tracking_step.py [--tracker lorat-b-224] [--batch 4] [--json F
 Both sides have the same frozen backbone with random weights, token types and head, and adapters of
 rank 64 on q, k, v, the output projection and both layers of the MLP. For PEFT the fused projection
 of q, k and v is divided into three linear layers first, as LoRAT's authors do, so that each has
-factors of its own; ours has them on the fused one. Times are taken in turns in one process, each
-ratio inside one round, and the median is shown; a frame is one search crop with merged adapters.
+factors of its own; ours has them on the fused one, plain and with lean activations. Times are taken
+in turns in one process, each ratio inside one round, and the median is shown; a frame is one search
+crop with merged adapters, which are the same plain and lean.
 """
 
 import argparse
@@ -58,6 +59,8 @@ class Row:
     ratio: float
     """How many times ours PEFT's figure is."""
     rounds: int
+    lean: bool = False
+    """Whether ours has lean activations."""
 
 
 class SplitAttention(nn.Module):
@@ -81,9 +84,9 @@ class SplitAttention(nn.Module):
         return self.proj(y.transpose(1, 2).flatten(2))
 
 
-def ours(tracker: str) -> LoRAT:
+def ours(tracker: str, *, lean: bool = False) -> LoRAT:
     """Return the tracker with this project's LoRA."""
-    return build(tracker, method="lorat", backbone_weights="random", rank=RANK)
+    return build(tracker, method="lorat", backbone_weights="random", rank=RANK, lean=lean)
 
 
 def with_peft(tracker: str) -> LoRAT:
@@ -169,10 +172,12 @@ def merged(model: LoRAT, *, by_peft: bool) -> LoRAT:
 
 
 def compare(tracker: str, batch: int, rounds: int, threads: int) -> list[Row]:
-    """Measure both sides in turns."""
+    """Measure all sides in turns."""
     torch.set_num_threads(threads)
     clock = clock_for(threads)
-    models = [with_peft(tracker).train(), ours(tracker).train()]
+    models = [with_peft(tracker), ours(tracker), ours(tracker, lean=True)]
+    for model in models:
+        model.train()
     data = pairs(find_variant(tracker).shape, batch)
     bytes_kept = [kept(model, data) for model in models]
     steps = []
@@ -180,7 +185,7 @@ def compare(tracker: str, batch: int, rounds: int, threads: int) -> list[Row]:
         trained = [item for item in model.parameters() if item.requires_grad]
         steps.append(partial(step, model, torch.optim.AdamW(trained, lr=1e-4), data, clock))
     step_times = _timed(steps, rounds)
-    done = [merged(model.eval(), by_peft=not index) for index, model in enumerate(models)]
+    done = [merged(model.eval(), by_peft=not index) for index, model in enumerate(models[:2])]
     one = {name: item[:1] for name, item in data.items()}
     frames = []
     for model in done:
@@ -188,12 +193,12 @@ def compare(tracker: str, batch: int, rounds: int, threads: int) -> list[Row]:
             remembered = model.remember(one["template"], one["mask"])
         frames.append(partial(frame, model, remembered, one["search"], clock))
     frame_times = _timed(frames, 4 * rounds)
-    peft_bytes, our_bytes = bytes_kept
-    return [
-        _row("step", step_times, 1.0),
-        Row("saved", peft_bytes / 1e6, our_bytes / 1e6, peft_bytes / our_bytes, 1),
-        _row("frame", frame_times, 1e3),
-    ]
+    rows = []
+    for own, lean in ((1, False), (2, True)):
+        sizes = bytes_kept[0] / 1e6, bytes_kept[own] / 1e6
+        rows.append(_row("step", [step_times[0], step_times[own]], 1.0, lean))
+        rows.append(Row("saved", *sizes, sizes[0] / sizes[1], 1, lean))
+    return [*rows, _row("frame", frame_times, 1e3)]
 
 
 def _timed(jobs: Sequence[Callable[[], float]], rounds: int) -> list[list[float]]:
@@ -202,10 +207,10 @@ def _timed(jobs: Sequence[Callable[[], float]], rounds: int) -> list[list[float]
     return in_turns(jobs, rounds, time.monotonic() + 600)
 
 
-def _row(what: str, times: list[list[float]], unit: float) -> Row:
+def _row(what: str, times: list[list[float]], unit: float, lean: bool = False) -> Row:
     theirs, own = times
     middle = [unit * statistics.median(side) for side in times]
-    return Row(what, middle[0], middle[1], median_ratio(theirs, own), len(own))
+    return Row(what, middle[0], middle[1], median_ratio(theirs, own), len(own), lean)
 
 
 def table(rows: list[Row], options: argparse.Namespace) -> Table:
@@ -218,6 +223,7 @@ def table(rows: list[Row], options: argparse.Namespace) -> Table:
         shown.add_column(heading, justify="right" if heading else "left")
     for row in rows:
         name, unit, digits = LABELS[row.what]
+        name += ", lean" if row.lean else ""
         figures = (f"{value:.{digits}f} {unit}" for value in (row.peft, row.ours))
         shown.add_row(name, *figures, f"{row.ratio:.2f}", f"{GOALS[row.what]:.2f}")
     return shown

@@ -49,7 +49,9 @@ def test_a_run_writes_a_line_per_row(tmp_path, capsys):
     short = ["--batch", "1", "--rounds", "1", "--threads", "1"]
     bench.main(["--tracker", TRACKER, *short, "--json", str(file)])
     rows = [json.loads(line) for line in file.read_text("utf-8").splitlines()]
-    assert [row["what"] for row in rows] == ["step", "saved", "frame"]
-    saved = rows[1]
-    assert saved["ratio"] == saved["peft"] / saved["ours"]
+    assert [row["what"] for row in rows] == ["step", "saved", "step", "saved", "frame"]
+    plain, lean = (row for row in rows if row["what"] == "saved")
+    assert plain["ratio"] == plain["peft"] / plain["ours"]
+    assert (plain["lean"], lean["lean"]) == (False, True)
+    assert lean["ours"] < plain["ours"]
     assert "one frame, merged" in capsys.readouterr().out

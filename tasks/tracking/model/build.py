@@ -30,6 +30,7 @@ def build(
     pos_mode: PosMode = "resample",
     seed: int = 0,
     device: str | torch.device = "cpu",
+    lean: bool = False,
     **options: Any,
 ) -> LoRAT:
     """Return a tracker with everything frozen but adapter, token types and head.
@@ -43,11 +44,13 @@ def build(
         pos_mode: how positions come to the search grid, see `embedding.py`.
         seed: of token types, head and adapter.
         device: where it ends up; `meta` for counting only.
+        lean: train with lean activations, see `visionlora.lean`.
         **options: options of the method beside those in the recipe; the rank is the variant's
             unless said.
 
     Raises:
-        ConfigError: an unknown name or option, or weights that cannot be found.
+        ConfigError: an unknown name or option, weights that cannot be found, or an adapter that
+            cannot be lean.
         VisionLoraError: files that do not fit.
     """
     variant = find_variant(variant) if isinstance(variant, str) else variant
@@ -67,5 +70,7 @@ def build(
     elif method is not None:
         method = METHOD if method == AUTO else method
         add_adapter(model, method, usual_rank=variant.rank, seed=seed, **options)
+    if lean:
+        vl.make_lean(model)
     vl.freeze_base(model, TRAINED)
     return model.to(device).eval()

@@ -75,6 +75,8 @@ class TrainConfig:
     """Largest gradient norm."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Precision of the forward; LoRAT trains in fp16. bf16 where fp16 gives steps not finite."""
+    lean: bool = False
+    """Keep no input that a norm or an activation makes again: less memory, the same gradients."""
     workers: int = 0
     """Processes that prepare batches; any number gives the same ones."""
     seed: int = 0

@@ -112,6 +112,7 @@ def build_model(config: TrainConfig) -> LoRAT:
         backbone_weights=config.backbone_weights,
         pos_mode=config.pos_mode,
         seed=config.seed,
+        lean=config.lean,
         **config.adapter,
     )
 
