@@ -5,8 +5,7 @@ gives the same bits, and a run that is killed and resumed at step 500 gets the b
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator
-from functools import lru_cache
+from collections.abc import Iterator
 
 import cv2
 import torch
@@ -35,7 +34,7 @@ class Batches:
         self, samples: Samples, batch_size: int, *, workers: int = 0, fixed: int | None = None
     ) -> None:
         self.samples = samples
-        self.make = samples if fixed is None else lru_cache(KEPT)(samples)
+        self.make = _Numbered(samples, 0 if fixed is None else KEPT)
         self.batch_size = batch_size
         self.workers = workers
         self.unusable: Counter[str] = Counter()
@@ -59,7 +58,7 @@ class Batches:
         made = (
             self._from_workers(step)
             if self.workers
-            else list(map(self.samples, self.numbers(step)))
+            else [self.make[number] for number in self.numbers(step)]
         )
         for sample in made:
             self.unusable.update(sample.unusable)
@@ -69,7 +68,7 @@ class Batches:
         if self._running is None or step != self._next:
             self._running = iter(
                 DataLoader(
-                    _Numbered(self.make),
+                    self.make,
                     batch_sampler=_Steps(self, step),
                     num_workers=self.workers,
                     prefetch_factor=AHEAD,
@@ -93,11 +92,20 @@ def collate(samples: list[Sample]) -> Batch:
 
 
 class _Numbered(Dataset[Sample]):
-    def __init__(self, make: Callable[[int], Sample]) -> None:
-        self.make = make
+    """Samples by number, the first `kept` of which are made only once."""
+
+    def __init__(self, samples: Samples, kept: int) -> None:
+        self.samples = samples
+        self.kept = kept
+        self._made: dict[int, Sample] = {}
 
     def __getitem__(self, number: int) -> Sample:
-        return self.make(number)
+        if number in self._made:
+            return self._made[number]
+        made = self.samples(number)
+        if number < self.kept:
+            self._made[number] = made
+        return made
 
 
 class _Steps(Sampler[list[int]]):

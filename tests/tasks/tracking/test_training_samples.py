@@ -106,6 +106,24 @@ def test_processes_share_a_batch(samples, monkeypatch):
         Batches(samples, 3).numbers(0)
 
 
+def test_fixed_samples_are_made_once_and_new_ones_are_not_kept():
+    class Counted(Marked):
+        drawn = 0
+
+        def pair(self, rng):
+            Counted.drawn += 1
+            return super().pair(rng)
+
+    samples = Samples(Counted((30, 20, 50, 36)), SHAPE, 0)
+    fixed, new = Batches(samples, 4, fixed=6), Batches(samples, 4)
+    for step in range(6):
+        fixed(step)
+    assert Counted.drawn == 6
+    for _ in range(2):
+        new(0)
+    assert Counted.drawn == 6 + 8
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_unreadable_frames_are_counted_and_drawn_again(tmp_path, workers):
     write_sequence(tmp_path / "data" / "video")
