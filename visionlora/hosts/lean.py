@@ -69,7 +69,9 @@ def made_of(x: Tensor) -> Rebuilt | None:
     """Return what a tensor is made of, if that was written on it and holds still."""
     if torch.compiler.is_compiling():
         return None
-    rebuilt, version = getattr(x, _MARK, (None, None))
+    if (mark := getattr(x, _MARK, None)) is None:  # tensors of inference mode have no version
+        return None
+    rebuilt, version = mark
     return rebuilt if x._version == version else None
 
 
