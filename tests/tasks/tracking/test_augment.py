@@ -111,7 +111,8 @@ def kind_of(before, after):
         np.abs(third_step(before, "blurred", radius).astype(int) - after).mean()
         for radius in np.linspace(0.1, 2, 10)
     ]
-    assert min(errors) < 1.0, "none of the three"
+    # Pillow's three box filters are up to 1.1 levels from a Gaussian here; another change is 4 off.
+    assert min(errors) < 1.5, "none of the three"
     return "blurred"
 
 
