@@ -1,4 +1,4 @@
-"""Boxes as corners and as sizes, their overlap and their distance.
+"""Boxes as corners and as sizes, and their overlap.
 
 `xyxy` is `x1, y1, x2, y2`, `xywh` is `x, y, width, height`; both are continuous, pixel 0 spans
 [0, 1). What is measured is numpy in float64; what is trained through is torch.
@@ -47,12 +47,6 @@ def iou(a: npt.ArrayLike, b: npt.ArrayLike) -> Float[np.ndarray, "*n"]:
     intersection = shared.clip(min=0.0).prod(axis=-1)
     union = _area(a) + _area(b) - intersection
     return np.divide(intersection, union, out=np.zeros_like(intersection), where=union > 0)
-
-
-def centre_error(a: npt.ArrayLike, b: npt.ArrayLike) -> Float[np.ndarray, "*n"]:
-    """Return the distance between the centres of `xyxy` boxes."""
-    apart = np.asarray(a, dtype=np.float64) - np.asarray(b, dtype=np.float64)
-    return np.hypot(apart[..., 0] + apart[..., 2], apart[..., 1] + apart[..., 3]) / 2
 
 
 def overlap(

@@ -20,9 +20,10 @@ from tasks.tracking.evaluation.result_files import FormatName, Rounding
 from tasks.tracking.evaluation.result_folder import Result
 from tasks.tracking.evaluation.scoring import score_tracker
 from tasks.tracking.evaluation.submission import export
-from tasks.tracking.results import Results
+from tasks.tracking.results import SERVERS, Results
 from tasks.tracking.runner import Failure, track_all
 from tasks.tracking.sequences.catalogue import find_sequences, load_benchmark
+from tasks.tracking.sequences.found import chosen
 from tasks.tracking.sequences.sequence import Sequence as Video
 from tasks.tracking.trackers.base import Tracker
 from tasks.tracking.trackers.catalogue import TrackerConfig, parameter_counts
@@ -37,8 +38,6 @@ MAY_CHANGE = (
 )
 """Settings that may differ when a run is resumed: none of them changes a box."""
 FIGURES = ("auc", "precision", "norm_precision", "op50", "op75")
-SERVERS: dict[str, FormatName] = {"got10k": "got10k", "trackingnet": "trackingnet"}
-"""Benchmarks whose truth is not public, and what their servers want."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,15 +73,9 @@ class EvaluateConfig(TrackerConfig):
         """Check the numbers."""
         if self.batch < 1:
             raise ConfigError(f"--batch must be at least 1, got {self.batch}")
-        if self.sequences is not None and not self.names:
-            raise ConfigError("--sequences names no sequence")
-
-    @property
-    def names(self) -> list[str] | None:
-        """The sequences that were asked for."""
-        if self.sequences is None:
-            return None
-        return [name.strip() for item in self.sequences for name in item.split(",") if name.strip()]
+        chosen(self.sequences)
+        if self.round != "none" and self.export is None and self.benchmark not in SERVERS:
+            raise ConfigError("--round rounds what --export writes; give both or none")
 
 
 def run(config: EvaluateConfig, tracker: Tracker | None = None) -> dict[str, Any]:
@@ -113,11 +106,12 @@ def run(config: EvaluateConfig, tracker: Tracker | None = None) -> dict[str, Any
 
 def _videos(config: EvaluateConfig) -> list[Video]:
     """Read the sequences, and say how many are not there."""
-    found = find_sequences(config.benchmark, config.root, config.names, config.skip_missing)
+    wanted = (config.benchmark, config.root, chosen(config.sequences), config.skip_missing)
+    found = find_sequences(*wanted)
     if found.missing:
         total = len(found.present) + len(found.missing)
         print(f"note: {len(found.present)} of {total} sequences are used, the others are missing")
-    return load_benchmark(config.benchmark, config.root, config.names, config.skip_missing)
+    return load_benchmark(*wanted)
 
 
 def _track(
@@ -177,7 +171,7 @@ def _score(
             f"wrote {export(target, directory.path, config.tracker, videos, found, config.round)}"
         )
     if hidden:
-        print(f"note: no figures, the server has the truth of {len(hidden)} sequences")
+        print(f"note: no figures, only the first box of {len(hidden)} sequences is known here")
     else:
         evaluation = score_tracker(config.tracker, videos, found, config.protocol)
         figures |= evaluation.mean.as_dict()

@@ -3,10 +3,8 @@
 from pathlib import Path
 
 import numpy as np
-import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import UInt8
 from PIL import Image, ImageOps
-from torch import Tensor
 
 from visionlora.errors import DataError
 
@@ -33,9 +31,3 @@ def read_image(path: Path) -> Frame:
     except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
         reason = str(error).splitlines()[0] if str(error) else repr(error)
         raise DataError(f"cannot read the frame {path}: {reason}") from error
-
-
-def to_tensor(image: Frame) -> Float[Tensor, "3 height width"]:
-    """Return a frame channels first, still in 0..255."""
-    # A copy: frames of a caller may be read-only, or views with the channels in reverse.
-    return torch.from_numpy(np.array(image, order="C")).permute(2, 0, 1).float()

@@ -17,11 +17,12 @@ from tasks.tracking.runner import Run
 from tasks.tracking.sequences.sequence import Sequence
 from visionlora.errors import DataError
 
-__all__ = ["Results"]
+__all__ = ["SERVERS", "Results"]
 
-_FORMATS: dict[str, FormatName] = {"got10k": "got10k", "trackingnet": "trackingnet"}
-"""By the beginning of the benchmark's name; the others have LaSOT's."""
-LASOT: FormatName = "lasot"
+SERVERS: dict[str, FormatName] = {"got10k": "got10k", "trackingnet": "trackingnet"}
+"""Benchmarks whose truth is not public, and what their servers want."""
+FORMATS: dict[str, FormatName] = {**SERVERS, "got10k_val": "got10k"}
+"""Of result files; the other benchmarks have LaSOT's."""
 
 
 class Results:
@@ -33,10 +34,9 @@ class Results:
     def save(self, run: Run) -> None:
         """Write what a tracker said about a sequence."""
         sequence = run.sequence
-        benchmark = sequence.benchmark
-        named = (style for name, style in _FORMATS.items() if benchmark.startswith(name))
         write_times(self._times(sequence), run.seconds)
-        write_boxes(self._boxes(sequence), sequence.in_file(run.boxes), next(named, LASOT))
+        style = FORMATS.get(sequence.benchmark, "lasot")
+        write_boxes(self._boxes(sequence), sequence.in_file(run.boxes), style)
 
     def load(self, sequence: Sequence) -> Result | None:
         """Return what was written, in the files' own convention; None if it is not finished.

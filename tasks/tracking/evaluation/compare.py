@@ -24,6 +24,7 @@ from tasks.tracking.evaluation.scoring import Evaluation, score_tracker
 from tasks.tracking.evaluation.submission import export
 from tasks.tracking.sequences import lasot
 from tasks.tracking.sequences.catalogue import find_sequences, load_benchmark
+from tasks.tracking.sequences.found import chosen
 from tasks.tracking.sequences.frames import NumberedFrames
 from tasks.tracking.sequences.sequence import Sequence as Video
 from visionlora.errors import ConfigError, DataError, nearest
@@ -44,7 +45,7 @@ class CompareConfig:
     names: list[str] | None = None
     """What to call the trackers, in the order of the folders; default the folders' own names."""
     sequences: list[str] | None = None
-    """Only these sequences."""
+    """Names, apart by commas or spaces; default all of the benchmark."""
     protocol: ProtocolName = "pytracking"
     """The convention; figures of different ones are not comparable."""
     skip_missing: bool = False
@@ -64,17 +65,9 @@ class CompareConfig:
             raise ConfigError(
                 f"--names has {len(self.names)} for {len(self.results)} folders of --results"
             )
-        if self.sequences is not None and not self.chosen:
-            raise ConfigError("--sequences names no sequence")
+        chosen(self.sequences)
         if self.round != "none" and self.export is None:
             raise ConfigError("--round rounds what --export writes; give both or none")
-
-    @property
-    def chosen(self) -> list[str] | None:
-        """The sequences that were asked for; names may have commas between them."""
-        if self.sequences is None:
-            return None
-        return [name for words in self.sequences for name in words.split(",") if name]
 
     @property
     def trackers(self) -> list[str]:
@@ -112,11 +105,11 @@ def run(config: CompareConfig) -> list[Evaluation]:
 
 def _videos(config: CompareConfig) -> tuple[list[Video], int]:
     """Return the sequences on disk, and how many there should be."""
-    annos = Path(config.root).expanduser()
+    annos, names = Path(config.root).expanduser(), chosen(config.sequences)
     if config.benchmark == "lasot" and (annos / "absent").is_dir():
-        videos = [_annotated(annos, name) for name in config.chosen or lasot.testing_set()]
+        videos = [_annotated(annos, name) for name in names or lasot.testing_set()]
         return videos, len(videos)
-    wanted = (config.benchmark, config.root, config.chosen, config.skip_missing)
+    wanted = (config.benchmark, config.root, names, config.skip_missing)
     videos = load_benchmark(*wanted)
     return videos, len(videos) + len(find_sequences(*wanted).missing)
 

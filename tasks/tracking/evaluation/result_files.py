@@ -7,9 +7,10 @@
 | got10k | comma, four decimals | a column per repetition, comma |
 | trackingnet | comma, two decimals | - |
 
-Any of them is read, with tabs, commas or spaces. Boxes are in the convention of the benchmark's
-own annotations (LaSOT: the first pixel is 1, 1); `Sequence.in_file` brings a tracker's there.
-Nothing is rounded beyond the decimals unless asked; old tools truncate to whole pixels.
+`sequences.text.read_boxes` reads any of them, with tabs, commas or spaces. Boxes are in the
+convention of the benchmark's own annotations (LaSOT: the first pixel is 1, 1); `Sequence.in_file`
+brings a tracker's there. Nothing is rounded beyond the decimals unless asked; old tools truncate
+to whole pixels.
 """
 
 from dataclasses import dataclass
@@ -72,15 +73,6 @@ def times_text(seconds: npt.ArrayLike) -> str:
     """Return what a file of seconds holds."""
     columns = np.asarray(seconds, dtype=np.float64)
     return _text(columns.reshape(len(columns), -1), ",", TIME_DECIMALS)
-
-
-def read_boxes(path: str | Path) -> Boxes:
-    """Read a box per line, numbers apart by tab, comma or space; nan stands for no box.
-
-    Raises:
-        DataError: the file is missing or empty, or a line is not four numbers.
-    """
-    return read_rows(Path(path), (4,))
 
 
 def read_times(path: str | Path) -> Float[np.ndarray, "frames repeats"]:

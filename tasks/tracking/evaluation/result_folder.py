@@ -16,7 +16,8 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float
 
-from tasks.tracking.evaluation.result_files import Boxes, read_boxes, read_times
+from tasks.tracking.evaluation.result_files import Boxes, read_times
+from tasks.tracking.sequences.text import read_boxes
 from visionlora.errors import DataError, nearest
 
 PREFIXES = {"uav123": "uav_", "nfs": "nfs_"}

@@ -6,7 +6,7 @@ from functools import cache
 from importlib.resources import files
 from pathlib import Path
 
-from visionlora.errors import DataError, nearest
+from visionlora.errors import ConfigError, DataError, nearest
 
 SHOWN = 3
 """Names that an error message lists."""
@@ -92,12 +92,26 @@ def select(
     missing = tuple(name for name in names if name not in found)
     if missing and (not skip_missing or len(missing) == len(names)):
         rest = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        advice = "" if len(missing) == len(names) else "; skip_missing takes those that are there"
+        advice = "" if len(missing) == len(names) else "; --skip-missing takes those that are there"
         raise DataError(
             f"{title}: sequence {missing[0]!r}{nearest(missing[0], found)}{rest} of {len(names)} "
             f"not found in {root}, which holds {len(found)}{advice}"
         )
     return Selection({name: found[name] for name in names if name in found}, missing)
+
+
+def chosen(words: Iterable[str] | None) -> list[str] | None:
+    """Return the names in the words of `--sequences`, which may have commas between them.
+
+    Raises:
+        ConfigError: there is none; None stands for all sequences.
+    """
+    if words is None:
+        return None
+    names = [name for word in words for name in word.replace(",", " ").split()]
+    if not names:
+        raise ConfigError("--sequences names no sequence")
+    return names
 
 
 def few(names: list[str]) -> str:

@@ -76,8 +76,13 @@ def checked_box(box: ArrayLike, image: Frame) -> Box:
     """Return the first box as an array.
 
     Raises:
-        DataError: it is not four finite numbers, has no size, or lies outside the image.
+        DataError: the image is no `Frame`; the box is not four finite numbers, has no size, or lies
+            outside the image.
     """
+    shape, kind = getattr(image, "shape", None), getattr(image, "dtype", None)
+    if shape is None or len(shape) != 3 or shape[2] != 3 or kind != np.uint8:
+        given = type(image).__name__ if shape is None else f"shape {tuple(shape)} and {kind}"
+        raise DataError(f"a frame is an RGB array (height, width, 3) of uint8; got {given}")
     try:
         found = np.asarray(box, dtype=np.float64)
     except (TypeError, ValueError):

@@ -71,7 +71,7 @@ class TrackerConfig:
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """What the transformer computes in."""
+    """What the transformer computes in; bf16 is the slower one on most CPUs."""
 
     def load(self) -> Tracker:
         """Return the tracker."""
@@ -121,6 +121,10 @@ def load_tracker(
     if name in BASELINES:
         if weights is not None or backbone_weights is not None:
             raise ConfigError(f"the baseline {name!r} takes no weights")
+        if device not in ("auto", "cpu") or precision != "fp32":
+            raise ConfigError(
+                f"the baseline {name!r} runs on the cpu in fp32, not on {device} in {precision}"
+            )
         baseline: Tracker = BASELINES[name]()
         return baseline
     where = pick_device(device)
@@ -129,14 +133,14 @@ def load_tracker(
     if weights is None and name == TINY and backbone_weights is None:
         if not TINY_WEIGHTS.is_file():
             raise ConfigError(
-                f"{TINY_WEIGHTS} is missing; give the weights of a training run, or random "
-                "backbone weights (for timing)"
+                f"{TINY_WEIGHTS} is missing; give --weights of a training run, or "
+                "--backbone-weights random (untrained, for timing)"
             )
         weights = TINY_WEIGHTS
     if weights is None and backbone_weights != RANDOM:
         raise ConfigError(
-            f"{name} needs weights: a released LoRAT file or the adapter of a training run "
-            f"(with random backbone weights it runs untrained, for timing)"
+            f"{name} needs --weights: a released LoRAT file or the adapter of a training run "
+            "(with --backbone-weights random it runs untrained, for timing)"
         )
     model = build(name, weights=weights, backbone_weights=backbone_weights, pos_mode=pos_mode)
     tracker = LoRATTracker(model, name, device=where, precision=precision)

@@ -82,7 +82,7 @@ def _file(path: Path) -> Source:
     frames = _captured(capture)
     first = next(frames, None)
     if first is None:
-        raise DataError(f"cannot decode {path}: it no video, damaged, or of an unknown codec")
+        raise DataError(f"cannot decode {path}: no video, a damaged one, or an unknown codec")
     count = int(capture.get(cv2.CAP_PROP_FRAME_COUNT))
     return Source(path.stem, _with(first, frames), count if count > 0 else None, _fps(capture))
 

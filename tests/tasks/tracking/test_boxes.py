@@ -1,10 +1,10 @@
-"""Overlap and distance of boxes: known values, symmetries, and that numpy and torch agree."""
+"""Overlap of boxes: known values, symmetries, and that numpy and torch agree."""
 
 import numpy as np
 import pytest
 import torch
 
-from tasks.tracking.boxes import centre_error, clip, iou, overlap, xywh_to_xyxy, xyxy_to_xywh
+from tasks.tracking.boxes import clip, iou, overlap, xywh_to_xyxy, xyxy_to_xywh
 from tests.tolerances import assert_close
 
 
@@ -30,10 +30,6 @@ def test_known_overlaps():
 
 def test_boxes_without_area_do_not_overlap():
     assert iou([3, 3, 3, 3], [[3, 3, 3, 3], [0, 0, 9, 9]]).tolist() == [0.0, 0.0]
-
-
-def test_distance_of_centres_is_euclidean():
-    assert centre_error([0, 0, 2, 2], [[3, 4, 5, 6], [0, 0, 2, 2]]).tolist() == [5.0, 0.0]
 
 
 def test_what_is_outside_is_cut_off():

@@ -2,10 +2,9 @@
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
-from tasks.tracking.images import read_image, to_tensor
+from tasks.tracking.images import read_image
 from visionlora.errors import DataError
 
 
@@ -57,10 +56,3 @@ def test_truncated_frame_is_refused(tmp_path, keep):
 def test_folder_is_no_frame(tmp_path):
     with pytest.raises(DataError, match="cannot read the frame"):
         read_image(tmp_path)
-
-
-def test_tensor_has_channels_first_and_the_same_values(pixels):
-    pixels.flags.writeable = False
-    tensor = to_tensor(pixels[..., ::-1])
-    assert tensor.dtype == torch.float32
-    np.testing.assert_array_equal(tensor.numpy(), pixels.transpose(2, 0, 1)[::-1])

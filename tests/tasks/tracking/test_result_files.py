@@ -8,7 +8,6 @@ import pytest
 from tasks.tracking.evaluation.result_files import (
     FORMATS,
     boxes_text,
-    read_boxes,
     read_times,
     write_boxes,
     write_times,
@@ -19,6 +18,7 @@ from tasks.tracking.evaluation.result_folder import (
     read_result,
     tracker_name,
 )
+from tasks.tracking.sequences.text import read_boxes
 from visionlora.errors import DataError
 
 BOXES = np.array([[1.0, 2.0, 30.5, 40.25], [1.23456, 2.0, 30.999, 0.00001]])

@@ -127,6 +127,22 @@ def test_boxes_without_an_object_are_refused(box, says):
         LoRATTracker(OracleModel()).init(picture(BOX), box)
 
 
+@pytest.mark.parametrize(
+    ("image", "given"),
+    [
+        (torch.zeros(3, 120, 160), r"shape \(3, 120, 160\) and torch.float32"),
+        (np.zeros((120, 160, 3)), "float64"),
+        (np.zeros((120, 160), np.uint8), r"shape \(120, 160\)"),
+        ("frame.jpg", "str"),
+    ],
+)
+@pytest.mark.parametrize("name", ["static", "ncc", "oracle"])
+def test_what_is_no_frame_is_refused(name, image, given):
+    tracker = LoRATTracker(OracleModel()) if name == "oracle" else load_tracker(name)
+    with pytest.raises(DataError, match=f"RGB array .* of uint8; got .*{given}"):
+        tracker.init(image, BOX)
+
+
 def test_track_before_init_is_refused():
     with pytest.raises(AdapterStateError, match="init"):
         LoRATTracker(OracleModel()).track(picture(BOX))
@@ -145,10 +161,16 @@ def test_unknown_trackers_are_answered_with_the_nearest_name():
 
 
 def test_weights_are_asked_for_where_there_are_none():
-    with pytest.raises(ConfigError, match="lorat-s-224 needs weights"):
+    with pytest.raises(ConfigError, match="lorat-s-224 needs --weights"):
         load_tracker("lorat-s-224")
     with pytest.raises(ConfigError, match="takes no weights"):
         load_tracker("static", weights="a.bin")
+
+
+@pytest.mark.parametrize("option", [{"device": "cuda"}, {"precision": "bf16"}])
+def test_baselines_refuse_what_they_would_ignore(option):
+    with pytest.raises(ConfigError, match="'ncc' runs on the cpu in fp32, not"):
+        load_tracker("ncc", **option)
 
 
 def test_files_of_something_else_are_refused_without_advice_to_run_them(tmp_path):
