@@ -136,6 +136,10 @@ class Lessons:
         return flat.mean(0), flat.std(0).clamp(min=1e-6)
 
 
+MAY_CHANGE = ("output", "resume", "overwrite", "checkpoint_every")
+"""Settings that may differ when a run is resumed."""
+
+
 def distil(config: DistilConfig) -> FitResult:
     """Train a student; the checkpoints in the folder of the run hold it.
 
@@ -144,7 +148,7 @@ def distil(config: DistilConfig) -> FitResult:
         OutputError: the folder holds another run, or cannot be written.
     """
     run = RunDirectory(config.output, config.resume, overwrite=config.overwrite)
-    run.write_config(config)
+    run.write_config(config, volatile=MAY_CHANGE)
     torch.manual_seed(config.seed)
     student = Student() if config.start is None else trained(config.start)[0].train()
     crops = Crops(Photographs(config.photographs), config.seed)

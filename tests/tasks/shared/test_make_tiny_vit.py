@@ -225,7 +225,7 @@ def test_resumed_run_is_the_uninterrupted_one(small_run, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         small_run("cut", steps=4, decay=0.0)
     monkeypatch.setattr(Lessons, "__call__", real)
-    result, cut = small_run("cut", steps=4, decay=0.0, resume=True)
+    result, cut = small_run("cut", steps=4, decay=0.0, checkpoint_every=3, resume=True)
     assert result.resumed_from == 2
     (one, steps), (other, _) = distil.trained(whole), distil.trained(cut)
     assert steps == 4

@@ -289,4 +289,6 @@ def test_a_killed_process_is_continued(root, tmp_path):
     words[2:5] = ["compare", "--results", str(tmp_path / "run")]
     words[-1] = str(tmp_path / "report")
     told = subprocess.run(words, env=environment, check=True, capture_output=True, text=True)
-    assert (tmp_path / "run" / "report.md").read_text().splitlines()[2][:40] in told.stdout
+    row = (tmp_path / "run" / "report.md").read_text().splitlines()[2]
+    assert row.startswith("| ncc     |")
+    assert "| run     |" + row[11:40] in told.stdout  # results are called by their folder
