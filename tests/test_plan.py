@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import visionlora as vl
+from tests.saved import saved_bytes
 from visionlora.errors import ConfigError
 from visionlora.plan import LiveBytes, plan
 
@@ -38,20 +39,7 @@ def measured(model, batch):
     loss_fn(model, batch).backward()
     optimizer.step()
     optimizer.zero_grad()
-    own = {item.untyped_storage().data_ptr() for item in everything}
-    kept = {}
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = loss_fn(model, batch)
-    saved = sum(item.nbytes() for item in kept.values())
-    kept.clear()
-    del loss
+    saved = saved_bytes(model, lambda: loss_fn(model, batch))
     state = [item for own in optimizer.state.values() for item in own.values()]
     with LiveBytes([*everything, *state]) as live:
         loss_fn(model, batch).backward()
