@@ -109,10 +109,9 @@ def kind_of(before, after):
             return kind
     errors = [
         np.abs(third_step(before, "blurred", radius).astype(int) - after).mean()
-        for radius in np.linspace(0.1, 2, 10)
+        for radius in np.linspace(0.1, 2, 20)  # steps of 0.1: coarser ones are a level off
     ]
-    # Pillow's three box filters are up to 1.1 levels from a Gaussian here; another change is 4 off.
-    assert min(errors) < 1.5, "none of the three"
+    assert min(errors) < 1.0, "none of the three"
     return "blurred"
 
 
