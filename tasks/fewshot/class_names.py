@@ -4,10 +4,10 @@ JSON maps classes to names and may leave some out. A list, or a text file with o
 has a name for every class, in the order of the data set.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from tasks.fewshot.user_files import read_entries
 from visionlora.errors import DataError, nearest
 
 
@@ -22,13 +22,7 @@ def read_class_names(path: str | Path, classes: Sequence[str]) -> tuple[str, ...
         DataError: a file that cannot be read, an unknown class, or another number of names.
     """
     file = Path(path).expanduser()
-    try:
-        text = file.read_text(encoding="utf-8")
-        given = json.loads(text) if file.suffix.lower() == ".json" else text.splitlines()
-    except OSError as error:
-        raise DataError(f"--class-names {file}: {error.strerror or error}") from error
-    except ValueError as error:
-        raise DataError(f"--class-names {file} is not readable: {error}") from error
+    given = read_entries(file, "--class-names", DataError)
     if isinstance(given, dict):
         return _replaced(file, given, classes)
     if not isinstance(given, list) or not all(isinstance(name, str) for name in given):

@@ -4,10 +4,10 @@ Each word is a prompt, a file of prompts (.txt: one per line, .json: a list), or
 seven of ImageNet that Tip-Adapter (2022, arXiv 2207.09519) and CoOp's zero-shot baseline average.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from tasks.fewshot.user_files import read_entries
 from visionlora.errors import ConfigError
 
 ENSEMBLE = "ensemble"
@@ -54,13 +54,7 @@ def read_templates(words: Sequence[str]) -> list[str]:
 
 
 def _read(file: Path) -> list[str]:
-    try:
-        text = file.read_text(encoding="utf-8")
-        given = json.loads(text) if file.suffix.lower() == ".json" else text.splitlines()
-    except OSError as error:
-        raise ConfigError(f"--template {file}: {error.strerror or error}") from error
-    except ValueError as error:
-        raise ConfigError(f"--template {file} is not readable: {error}") from error
+    given = read_entries(file, "--template", ConfigError)
     if not isinstance(given, list) or not all(isinstance(line, str) for line in given):
         raise ConfigError(f"--template {file} must be a list of prompts")
     prompts = [line.strip() for line in given if line.strip()]
