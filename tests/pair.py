@@ -1,10 +1,12 @@
 """Two processes of one program on this machine, started as a launcher starts them."""
 
 import os
+import socket
 import subprocess
 import sys
+from pathlib import Path
 
-from tests.training.test_distributed import ROOT, free_port
+ROOT = Path(__file__).parents[1]
 
 
 def run_pair(*arguments: str) -> None:
@@ -35,3 +37,11 @@ def run_pair(*arguments: str) -> None:
     finally:
         for item in processes:
             item.kill()
+
+
+def free_port() -> int:
+    """Return a port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port

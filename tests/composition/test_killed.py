@@ -9,7 +9,7 @@ import torch
 
 from tests.composition import runs
 from tests.composition.runs import CASES, KILLED_IN, assert_same, resumable
-from tests.training.test_distributed import ROOT
+from tests.pair import ROOT
 from tests.training.test_resume import log_lines
 
 

@@ -1,56 +1,16 @@
 """Two processes train what one process trains."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from tests.pair import run_pair
 from tests.training.toy_training import toy_fit, toy_model
 from visionlora.training import RunDirectory
 
 SCRIPT = Path(__file__).with_name("toy_training.py")
-ROOT = SCRIPT.parents[2]
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def launch(folder, world=2):
-    """Start the processes as a launcher does, through their environment."""
-    common = {
-        **os.environ,
-        "PYTHONPATH": str(ROOT),
-        "OMP_NUM_THREADS": "1",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
-        "WORLD_SIZE": str(world),
-        "LOCAL_WORLD_SIZE": str(world),
-    }
-    command = [sys.executable, str(SCRIPT), "distributed", str(folder)]
-    processes = [
-        subprocess.Popen(
-            command,
-            env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(world)
-    ]
-    try:
-        for process in processes:
-            _, errors = process.communicate(timeout=100)
-            assert process.returncode == 0, errors
-    finally:
-        for process in processes:
-            process.kill()
 
 
 def numbers(text):
@@ -58,7 +18,7 @@ def numbers(text):
 
 
 def test_two_processes_equal_one_on_the_whole_batch_and_resume_exactly(tmp_path):
-    launch(tmp_path)
+    run_pair(str(SCRIPT), "distributed", str(tmp_path))
     ranks = [json.loads((tmp_path / f"final-{rank}.json").read_text()) for rank in range(2)]
     assert ranks[0] == ranks[1]
     assert ranks[0]["resumed_from"] == 4
