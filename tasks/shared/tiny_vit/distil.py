@@ -53,7 +53,7 @@ class DistilConfig:
     """Steps of linear rise."""
     decay: float = 1.0
     """Share of the steps after the rise over which the learning rate falls to 0, at the end."""
-    start: Path | None = None
+    initial: Path | None = None
     """Folder of an earlier run to start from the weights of."""
     checkpoint_every: int = 100
     """Steps between checkpoints."""
@@ -144,13 +144,13 @@ def distil(config: DistilConfig) -> FitResult:
     """Train a student; the checkpoints in the folder of the run hold it.
 
     Raises:
-        DataError: no photographs, or `start` is no run of a student.
+        DataError: no photographs, or `initial` is no run of a student.
         OutputError: the folder holds another run, or cannot be written.
     """
     run = RunDirectory(config.output, config.resume, overwrite=config.overwrite)
     run.write_config(config, volatile=MAY_CHANGE)
     torch.manual_seed(config.seed)
-    student = Student() if config.start is None else trained(config.start)[0].train()
+    student = Student() if config.initial is None else trained(config.initial)[0].train()
     crops = Crops(Photographs(config.photographs), config.seed)
     grid = student.vit.patch_embed.grid_size[0]
     lessons = Lessons(crops, Teacher(), config.batch, grid)
