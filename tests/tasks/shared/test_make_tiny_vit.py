@@ -235,7 +235,7 @@ def test_resumed_run_is_the_uninterrupted_one(small_run, monkeypatch):
 
 def test_another_run_starts_from_the_weights_of_the_first(small_run):
     _, first = small_run("first", steps=2)
-    _, second = small_run("second", steps=1, start=first, lr=1e-12, warmup=0)
+    _, second = small_run("second", steps=1, initial=first, lr=1e-12, warmup=0)
     before, after = distil.trained(first)[0], distil.trained(second)[0]
     assert_close(after.head.weight, before.head.weight)
     assert_close(after.vit.pos_embed, before.vit.pos_embed)
