@@ -187,6 +187,15 @@ def test_half_precision_needs_an_accelerator():
         config.load()
 
 
+def test_the_tracker_that_ships_follows_an_object():
+    boxes = path_of(8, seed=1)
+    tracker = load_tracker("tiny", device="cpu")
+    tracker.init(picture(boxes[0]), boxes[0])
+    found = [tracker.track(picture(box)).box for box in boxes[1:]]
+    assert overlaps(found, boxes[1:]).mean() > 0.6
+    assert overlaps(found, boxes[1:]).mean() > overlaps(boxes[:1], boxes[1:]).mean() + 0.1
+
+
 def test_all_trackers_of_the_command_line_are_there():
     assert {"tiny", "lorat-b-224", "lorat-g-378", "static", "ncc", "lite0"} <= set(tracker_names())
 
