@@ -188,12 +188,12 @@ def test_half_precision_needs_an_accelerator():
 
 
 def test_the_tracker_that_ships_follows_an_object():
-    boxes = path_of(8, seed=1)
+    boxes = np.array(BOX) + np.outer(np.arange(8), [5.0, 2.0, 0.0, 0.0])
+    assert overlaps(boxes[:1], boxes[-1:]).item() == 0  # it does not stay where it was
     tracker = load_tracker("tiny", device="cpu")
     tracker.init(picture(boxes[0]), boxes[0])
     found = [tracker.track(picture(box)).box for box in boxes[1:]]
-    assert overlaps(found, boxes[1:]).mean() > 0.6
-    assert overlaps(found, boxes[1:]).mean() > overlaps(boxes[:1], boxes[1:]).mean() + 0.1
+    assert overlaps(found, boxes[1:]).min() > 0.5
 
 
 def test_all_trackers_of_the_command_line_are_there():
