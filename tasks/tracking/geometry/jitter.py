@@ -18,14 +18,18 @@ from tasks.tracking.geometry.crop import Mapping, centred, crop_mapping
 
 SCALE_STD = 0.25
 REACH = 3.0
-"""Farthest move along an axis, in mean sides of the object."""
+"""Farthest move along an axis, in mean sides of the object; half of it keeps most objects whole."""
 LEAST_VISIBLE = 10.0
 """Pixels of the object, each way, that have to be in the crop."""
 ATTEMPTS = 12
 
 
 def jittered_mapping(
-    box: npt.ArrayLike, out_size: int, area_factor: float, generator: np.random.Generator
+    box: npt.ArrayLike,
+    out_size: int,
+    area_factor: float,
+    generator: np.random.Generator,
+    reach: float = REACH,
 ) -> Mapping | None:
     """Return a random map around an `xyxy` box, or None when no attempt shows enough of it.
 
@@ -37,7 +41,7 @@ def jittered_mapping(
     for _ in range(ATTEMPTS):
         scale = plain / np.exp(SCALE_STD * generator.standard_normal(2))
         side = np.mean((box[2:] - box[:2]) * scale)
-        shift = generator.uniform(-1.0, 1.0, size=2) * side * REACH
+        shift = generator.uniform(-1.0, 1.0, size=2) * side * reach
         mapping = centred(box, scale, out_size)
         mapping = Mapping(scale, mapping.translation + shift)
         seen = clip(mapping.apply(box), out_size, out_size)

@@ -4,6 +4,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from tasks.tracking.geometry.jitter import REACH
 from tasks.tracking.model.build import METHOD
 from tasks.tracking.model.embedding import PosMode
 from tasks.tracking.model.variants import find_variant
@@ -53,6 +54,8 @@ class TrainConfig:
     """How often each data set is drawn; equally by default."""
     fixed_pairs: int | None = None
     """Train on so many pairs again and again, to see whether a model can learn them."""
+    reach: float = REACH
+    """Farthest that the search crop is moved, in mean sides of the object (3)."""
     third_augment: float = 1.0
     """Share of pairs that are made grey, solarised or blurred."""
     epochs: int = 170
@@ -102,7 +105,7 @@ class TrainConfig:
                 if value is not None and value < least:
                     flag = name.replace("_", "-")
                     raise ConfigError(f"--{flag} must be at least {least}, got {value}")
-        for name in ("lr", "clip_norm"):
+        for name in ("lr", "clip_norm", "reach"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ConfigError(
                     f"--{name.replace('_', '-')} must be positive, got {getattr(self, name)}"

@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
 from tasks.tracking.geometry.crop import Mapping, channel_mean, crop, crop_mapping
-from tasks.tracking.geometry.jitter import jittered_mapping
+from tasks.tracking.geometry.jitter import REACH, jittered_mapping
 from tasks.tracking.geometry.raster import cells
 from tasks.tracking.model.variants import TrackerShape
 from tasks.tracking.training.augment import Augmentation, Augmented, Crop, as_they_are
@@ -59,6 +59,7 @@ class Samples:
         shape: sizes of the crops.
         seed: seed of all draws.
         augmentation: how crops are varied; None for crops as they are.
+        reach: farthest jitter of the search crop, in mean sides of the object.
     """
 
     def __init__(
@@ -67,11 +68,13 @@ class Samples:
         shape: TrackerShape,
         seed: int,
         augmentation: Augmentation | None = None,
+        reach: float = REACH,
     ) -> None:
         self.source = source
         self.shape = shape
         self.seed = seed
         self.augmentation = augmentation
+        self.reach = reach
 
     def __call__(self, number: int) -> Sample:
         """Return sample `number`.
@@ -101,7 +104,9 @@ class Samples:
 
     def _crops(self, pair: Pair, rng: np.random.Generator) -> tuple[Crop, Crop] | None:
         shape = self.shape
-        mapping = jittered_mapping(pair.search.box, shape.search_px, shape.search_factor, rng)
+        mapping = jittered_mapping(
+            pair.search.box, shape.search_px, shape.search_factor, rng, self.reach
+        )
         if mapping is None:
             return None
         plain = crop_mapping(pair.template.box, shape.template_px, shape.template_factor)

@@ -49,6 +49,9 @@ TEMPLATE_SIDE, SEARCH_SIDE = 3.5, 7.0
 """Sides of the frames, in units."""
 LEAST_CONTRAST = 12.0
 """Deviation of the levels of every channel below which a patch is too plain to be followed."""
+SIZE, ASPECT = 0.2, 0.6
+"""Deviations of the logarithms of an object's side and of its width by height: people stand and
+cars lie, and a tracker that has seen only squares draws squares around both."""
 TRIES = 6
 OUTLINES = 512
 TEXTURE = 48
@@ -76,7 +79,7 @@ class SyntheticPairs:
 
     def pair(self, rng: np.random.Generator) -> Pair:
         """Draw a pair."""
-        size = self.unit * np.exp(rng.normal(0, 0.25, 2))
+        size = self._size(rng)
         pasted = rng.random() >= IN_PLACE
         looks = self._looks(size, pasted, rng)
         sides = (TEMPLATE_SIDE, SEARCH_SIDE)
@@ -101,6 +104,11 @@ class SyntheticPairs:
             for frame, box in zip(frames, boxes, strict=True)
         ]
         return Pair(views[0], View(_degraded(views[1].image, rng), views[1].box))
+
+    def _size(self, rng: np.random.Generator) -> Vector:
+        """Draw width and height of the object in the template."""
+        side, aspect = rng.normal(0, [SIZE, ASPECT])
+        return self.unit * np.exp([side + aspect / 2, side - aspect / 2])
 
     def _looks(self, size: Vector, pasted: bool, rng: np.random.Generator) -> Sequence[Look]:
         """Draw where the two cameras look; in place, the object is at their `centre`."""

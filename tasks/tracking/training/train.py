@@ -51,7 +51,8 @@ def run(config: TrainConfig) -> dict[str, Any]:
     variant = find_variant(config.tracker)
     device = pick_device(config.device)
     source = load_source(config.data, config.root, config.data_weights, variant.shape)
-    samples = Samples(source, variant.shape, config.seed, Augmentation(config.third_augment))
+    augmentation = Augmentation(config.third_augment)
+    samples = Samples(source, variant.shape, config.seed, augmentation, config.reach)
     batches = Batches(
         samples,
         config.batch_size // config.accumulate,

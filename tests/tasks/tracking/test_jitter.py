@@ -43,6 +43,18 @@ def test_moves_are_uniform_within_three_sides(draws):
     np.testing.assert_allclose(moves.std(axis=0), np.sqrt(3), rtol=0.06)
 
 
+def test_a_shorter_reach_keeps_a_square_object_whole_but_for_its_scale():
+    generator, square = np.random.default_rng(4), np.array([50.0, 50.0, 90.0, 90.0])
+    cut = []
+    for reach in (0.75, 3.0):
+        found = [
+            jittered_mapping(square, 224, 4, generator, reach).apply(square) for _ in range(80)
+        ]
+        cut.append(np.mean([(box < 0).any() or (box > 224).any() for box in found]))
+    assert cut[0] < 0.05
+    assert cut[1] > 0.4
+
+
 def test_enough_of_the_object_is_in_the_crop():
     generator = np.random.default_rng(1)
     cut = 0

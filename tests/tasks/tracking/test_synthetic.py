@@ -8,7 +8,7 @@ from tasks.tracking.boxes import iou
 from tasks.tracking.training import photographs
 from tasks.tracking.training.paste import Look, Thing, bent, draw_outline, hull, paste, pose
 from tasks.tracking.training.photographs import Photographs
-from tasks.tracking.training.synthetic import SEARCH_SIDE, TEMPLATE_SIDE, SyntheticPairs
+from tasks.tracking.training.synthetic import ASPECT, SEARCH_SIDE, TEMPLATE_SIDE, SyntheticPairs
 from visionlora.errors import DataError
 
 UNIT = 24.0
@@ -51,6 +51,14 @@ def test_boxes_lie_in_their_frames_and_are_about_as_large_as_objects_in_crops(pa
             assert (size > 5).all()
             sides.append(np.sqrt(size.prod()))
     assert 0.8 < np.exp(np.mean(np.log(np.array(sides) / UNIT))) < 1.25
+
+
+def test_objects_stand_and_lie_as_those_that_people_draw_boxes_around(pairs):
+    sizes = np.array([pairs._size(np.random.default_rng(number)) for number in range(400)])
+    aspects = np.log(sizes[:, 0] / sizes[:, 1])
+    np.testing.assert_allclose(aspects.std(), ASPECT, rtol=0.1)
+    assert abs(aspects.mean()) < 0.1
+    np.testing.assert_allclose(np.log(sizes / UNIT).mean(), 0, atol=0.03)
 
 
 def test_the_object_moves_between_the_frames(pairs):
