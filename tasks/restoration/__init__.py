@@ -1,0 +1,1 @@
+"""Image restoration: a network pre-trained on mixed degradations, one small adapter per task."""

@@ -1,0 +1,1 @@
+"""The networks that are adapted, by name or from a file."""
