@@ -8,7 +8,7 @@
 
 beta and gamma start at zero, so a fresh network is the identity plus `ending(...)` of the intro.
 A picture is padded with zeros to a multiple of 2^stages and cut back. Names of parameters are those
-of the official weights (megvii-research/NAFNet), which therefore load. Weights: 7 c^2 + 33 c a block.
+of the official weights (megvii-research/NAFNet), which therefore load. A block has 7 c^2 + 33 c.
 """
 
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""NAFNet and Restormer: published counts, published names, any size of picture, adapters on convs."""
+"""NAFNet and Restormer: published counts and names, any size of picture, adapters on convs."""
 
 import pytest
 import torch
