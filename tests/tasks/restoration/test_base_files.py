@@ -90,7 +90,7 @@ def test_what_is_no_base_is_refused(tmp_path):
     broken.write_bytes(saved[:-100])
     with pytest.raises(DataError, match="not a file of weights"):
         load_base(text)
-    with pytest.raises(DataError, match="neither NAFNet nor Restormer|no restoration network"):
+    with pytest.raises(DataError, match=r"neither NAFNet nor Restormer|no restoration network"):
         load_base(other)
     with pytest.raises(DataError, match="holds no weights"):
         load_base(empty)

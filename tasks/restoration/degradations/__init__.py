@@ -1,0 +1,1 @@
+"""Degradations of clean pictures: those of PROD, and those that stand for a task."""
