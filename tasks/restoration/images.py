@@ -10,6 +10,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 from jaxtyping import Float, Shaped
+from numpy.typing import DTypeLike
 
 from visionlora.errors import DataError, OutputError
 from visionlora.io.atomic import write_atomically
@@ -73,12 +74,10 @@ def read_picture(path: str | Path) -> Picture:
     return Picture(levels, None if alpha is None else np.ascontiguousarray(alpha))
 
 
-def to_levels(
-    pixels: Float[np.ndarray, "h w 3"], dtype: type[np.generic] | np.dtype = np.dtype(np.uint8)
-) -> Levels:
+def to_levels(pixels: Float[np.ndarray, "h w 3"], dtype: DTypeLike = np.uint8) -> Levels:
     """Return values in [0, 1], clamped and rounded, as integers."""
-    largest = np.iinfo(dtype).max
-    return np.rint(pixels.clip(0, 1) * largest).astype(dtype)
+    largest = np.iinfo(np.dtype(dtype)).max
+    return np.rint(pixels.clip(0, 1) * largest).astype(np.dtype(dtype))
 
 
 def write_picture(path: str | Path, pixels: Float[np.ndarray, "h w 3"], like: Picture) -> Path:
