@@ -28,6 +28,7 @@ from visionlora.io.native import adapter_state_dict, load, load_adapter_state_di
 from visionlora.lean import make_lean
 from visionlora.ranks import finalize
 from visionlora.ranks.allocation import SqueezeReport
+from visionlora.ranks.assigned import inject_ranks
 from visionlora.ranks.bops import BopsReport, bops
 from visionlora.ranks.combine import combine
 from visionlora.ranks.squeeze import squeeze
@@ -61,6 +62,7 @@ __all__ = [
     "init",
     "initialise",
     "inject",
+    "inject_ranks",
     "inspect",
     "list_methods",
     "load",

@@ -1,5 +1,6 @@
-"""Measuring what a trained model does."""
+"""Measuring what a trained model does, and which of its weights it is due to."""
 
+from visionlora.analysis.attribution import attribute, magnitude, sensitivity
 from visionlora.analysis.calibration import (
     adaptive_calibration_error,
     brier_score,
@@ -11,9 +12,12 @@ from visionlora.analysis.calibration import (
 
 __all__ = [
     "adaptive_calibration_error",
+    "attribute",
     "brier_score",
     "classwise_calibration_error",
     "expected_calibration_error",
+    "magnitude",
     "maximum_calibration_error",
+    "sensitivity",
     "thresholded_calibration_error",
 ]
