@@ -80,7 +80,7 @@ def test_uniform_ranks_are_the_largest_that_fit():
 
 
 def test_budgets_and_scores_that_make_no_sense_are_refused():
-    with pytest.raises(ConfigError, match="at least 73 are needed"):
+    with pytest.raises(ConfigError, match="at least 59 are needed"):
         allocate(LAYERS, SCORES, 3)
     with pytest.raises(ConfigError, match="rank 1 needs 516"):
         uniform(LAYERS, 3)
