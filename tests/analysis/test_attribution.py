@@ -116,6 +116,18 @@ def test_the_model_is_as_it_was():
     assert model[2].weight.grad.eq(1).all()
 
 
+def test_either_end_may_be_the_model_itself():
+    model = net()
+    start, end = weights(model), weights(model, ("0", "4"))
+    wanted = attribute(model, start, end, batches(), loss)
+    as_start = attribute(model, dict(model.named_parameters()), end, batches(), loss)
+    model.load_state_dict(end)
+    as_end = attribute(model, start, model.state_dict(), batches(), loss)
+    for name, score in wanted.items():
+        assert torch.equal(as_start[name], score)
+        assert torch.equal(as_end[name], score)
+
+
 def test_cheaper_scores_are_what_they_say():
     model = net()
     (batch,) = batches(1)

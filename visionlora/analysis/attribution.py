@@ -82,14 +82,15 @@ def path_gradients(
     names = list(_differences(model, start, end))
     parameters = dict(model.named_parameters())
     shift = 0.5 if rule == "midpoint" else 0.0
-    with _borrowed(model, names):
+    with _borrowed(model, names) as own:
+        first, last = (_apart(parameters, own, weights) for weights in (start, end))
         for step in range(points):
             share = (step + shift) / points
             with torch.no_grad():
                 for name in names:
-                    torch.lerp(end[name], start[name], share, out=parameters[name].data)
+                    torch.lerp(last[name], first[name], share, out=parameters[name].data)
             loss(model, batch).backward()
-        found = {name: _gradient(parameters[name]) / points for name in names}
+        found = {name: _gradient(parameters[name]).div_(points) for name in names}
     return found
 
 
@@ -136,21 +137,36 @@ def _differences(model: nn.Module, start: Weights, end: Weights) -> dict[str, Te
 
 
 @contextmanager
-def _borrowed(model: nn.Module, names: list[str]) -> Iterator[None]:
-    """Let parameters collect gradients, and put values, flags and gradients back after."""
+def _borrowed(model: nn.Module, names: list[str]) -> Iterator[dict[str, Tensor]]:
+    """Let parameters collect gradients, and put values, flags and gradients back after.
+
+    Yields copies of the values.
+    """
     parameters = dict(model.named_parameters())
-    kept = [(p, p.detach().clone(), p.requires_grad, p.grad) for p in parameters.values()]
+    own = {name: p.detach().clone() for name, p in parameters.items()}
+    kept = [(p, own[name], p.requires_grad, p.grad) for name, p in parameters.items()]
     try:
         for name, parameter in parameters.items():
             parameter.requires_grad_(name in names)
             parameter.grad = None
-        yield
+        yield own
     finally:
         with torch.no_grad():
             for parameter, value, flag, gradient in kept:
                 parameter.data.copy_(value)
                 parameter.requires_grad_(flag)
                 parameter.grad = gradient
+
+
+def _apart(
+    parameters: Mapping[str, Tensor], own: Mapping[str, Tensor], weights: Weights
+) -> dict[str, Tensor]:
+    """Return weights of which none is a parameter itself, as the state dict of the model has."""
+    return {
+        name: own[name] if weights[name].data_ptr() == parameter.data_ptr() else weights[name]
+        for name, parameter in parameters.items()
+        if name in weights
+    }
 
 
 def _gradient(parameter: nn.Parameter) -> Tensor:
