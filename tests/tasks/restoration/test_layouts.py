@@ -5,7 +5,7 @@ import pytest
 
 from tasks.restoration.images import read_picture
 from tasks.restoration.metrics import psnr
-from tasks.restoration.pairs.layouts import find_pairs
+from tasks.restoration.pairs.layouts import LAYOUTS, find_pairs, look
 from tasks.restoration.pairs.sources import load_source, read_pair, split_spec
 from tasks.restoration.pairs.split import split
 from tests.tasks.restoration.pictures import waves, write
@@ -27,12 +27,15 @@ CASES = {
     "blur-sharp": ("GOPR0372_07_00/blur/000047.png", "GOPR0372_07_00/sharp/000047.png"),
     "hazy-clear": ("hazy/0001_0.8_0.2.jpg", "clear/0001.png"),
     "noisy-clean": ("Noisy/a_1.png", "Clean/a_1.png"),
+    "rainy-gt": ("test/rainy/rain-1.png", "test/gt/norain-1.png"),
+    "hazy-gt": ("hazy/01_outdoor_hazy.jpg", "GT/01_outdoor_GT.jpg"),
+    "rain100": ("rainy/rain-001.png", "norain-001.png"),
     "sidd": ("0001_S6/0001_NOISY_SRGB_010.PNG", "0001_S6/0001_GT_SRGB_010.PNG"),
     "polyu": ("Canon_bar_real.JPG", "Canon_bar_mean.JPG"),
 }
 
 
-@pytest.mark.parametrize("layout", CASES)
+@pytest.mark.parametrize("layout", LAYOUTS[1:])
 def test_a_layout_is_recognised(layout, tmp_path):
     degraded, clean = CASES[layout]
     touch(tmp_path, degraded, clean)
@@ -50,6 +53,18 @@ def test_equal_names_in_several_folders_stay_apart(tmp_path):
     assert [p.name for p in pairs] == ["a/blur/1", "b/blur/1"]
 
 
+def test_folders_inside_a_side_are_part_of_the_name(tmp_path):
+    touch(tmp_path, "blur/000/1.png", "sharp/000/1.png", "blur/001/1.png", "sharp/001/1.png")
+    assert [pair.name for pair in find_pairs(tmp_path).pairs] == ["blur/000/1", "blur/001/1"]
+    assert all(p.input.parent.name == p.target.parent.name for p in find_pairs(tmp_path).pairs)
+
+
+def test_equal_names_come_before_similar_ones(tmp_path):
+    names = ("clean_1", "1", "1_2")
+    touch(tmp_path, *(f"{side}/{name}.png" for side in ("noisy", "clean") for name in names))
+    assert all(pair.input.name == pair.target.name for pair in find_pairs(tmp_path).pairs)
+
+
 def test_many_degraded_pictures_may_share_a_clean_one(tmp_path):
     touch(tmp_path, "hazy/1_0.8_0.1.png", "hazy/1_0.9_0.2.png", "clear/1.png")
     assert {pair.target.name for pair in find_pairs(tmp_path).pairs} == {"1.png"}
@@ -58,6 +73,20 @@ def test_many_degraded_pictures_may_share_a_clean_one(tmp_path):
 def test_pictures_without_their_half_are_named(tmp_path):
     touch(tmp_path, "input/a.png", "input/b.png", "target/a.png", "target/c.png")
     with pytest.raises(DataError, match=r"no other half for input/b.png, target/c.png \(1 pairs"):
+        find_pairs(tmp_path)
+
+
+def test_all_pictures_are_accounted_for(tmp_path):
+    touch(tmp_path, "input/a.png", "input/b.png", "target/a.png", "target/c.png", "sheet.png")
+    found = look(tmp_path)
+    assert [pair.name for pair in found.pairs] == ["input/a"]
+    assert [path.name for path in found.alone] == ["b.png", "c.png"]
+    assert [path.name for path in found.other] == ["sheet.png"]
+
+
+def test_one_name_is_one_pair(tmp_path):
+    touch(tmp_path, "input/a.png", "input/a.jpg", "target/a.png")
+    with pytest.raises(DataError, match="the same degraded picture"):
         find_pairs(tmp_path)
 
 
