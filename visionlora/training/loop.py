@@ -1,7 +1,7 @@
 """The training loop of all tasks: steps, log, checkpoints, exact resume."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,6 +55,7 @@ def fit(
     dynamics: Sequence[Dynamics] = (),
     schedule: Schedule | None = None,
     held_out: Callable[[int], Any] | None = None,
+    figures: Callable[[float], Mapping[str, float]] | None = None,
 ) -> FitResult:
     """Train the parameters of `optimizer` and leave the model, in place, as trained.
 
@@ -85,6 +86,7 @@ def fit(
         held_out: like `batches`, over examples that `batches` never returns, for the steps of
             methods that search on held-out data (DiffoRA); without it those steps get the next
             batches of `batches`, which are then only held out from the steps before.
+        figures: what else is logged of a mean loss, such as the PSNR that it stands for.
 
     Raises:
         NeverTrainedError: a trainable tensor is not optimised or the loss does not reach it.
@@ -96,7 +98,7 @@ def fit(
     with AcceleratorBackend(settings, run) as backend:
         before = random_state(backend.device)
         try:
-            trainer = _Trainer(model, optimizer, loss_fn, settings, run, dynamics, backend)
+            trainer = _Trainer(model, optimizer, loss_fn, settings, run, dynamics, backend, figures)
             try:
                 trainer.train(batches, held_out or batches, schedule or constant())
             finally:
@@ -118,6 +120,7 @@ class _Trainer:
         run: RunDirectory,
         dynamics: Sequence[Dynamics],
         backend: AcceleratorBackend,
+        figures: Callable[[float], Mapping[str, float]] | None,
     ) -> None:
         model.to(backend.device)
         self.model = model
@@ -136,6 +139,7 @@ class _Trainer:
         self.settings = settings
         self.run = run
         self.backend = backend
+        self.figures = figures
         self.window = _Window()
         self.seconds = 0.0
         for group in optimizer.param_groups:
@@ -231,7 +235,9 @@ class _Trainer:
         done = self.stepper.steps
         if done % self.settings.log_every and done != self.settings.steps:
             return
-        figures = {"loss": self.window.close(), "lr": rate, "grad_norm": report.grad_norm}
+        loss = self.window.close()
+        further = self.figures(loss) if self.figures else {}
+        figures = {"loss": loss, "lr": rate, "grad_norm": report.grad_norm, **further}
         line = {"step": done, **figures, "skipped": self.stepper.skipped}
         self.run.log({**line, "seconds": round(self.seconds, 3)})
         self.backend.track(figures, done)
