@@ -13,7 +13,7 @@ from torch import nn
 from visionlora.build import install, prepare_adapter
 from visionlora.config import AdapterConfig
 from visionlora.errors import ConfigError, nearest
-from visionlora.hosts import describe
+from visionlora.hosts import Mode, describe
 from visionlora.ranks.contribution import LayerSize
 from visionlora.registry import build_config
 from visionlora.targets import find_targets
@@ -25,6 +25,7 @@ def inject_ranks(
     *,
     name: str = "default",
     method: str = "lora",
+    mode: Mode = "auto",
     **options: Any,
 ) -> nn.Module:
     """Add an adapter whose rank is given layer by layer, and freeze the rest of the model.
@@ -34,6 +35,7 @@ def inject_ranks(
         ranks: rank by dotted layer name; layers that are not named stay frozen, as those of rank 0.
         name: name of the adapter.
         method: a method with a rank.
+        mode: see `inject`.
         **options: other options of the method.
 
     Returns:
@@ -62,4 +64,4 @@ def inject_ranks(
         plan.append((site, build_config("full", seed) if size.dense(rank) else config))
     if not plan:
         raise ConfigError("no layer has a rank above zero: nothing would be trained")
-    return install(model, prepare_adapter(model, plan, name=name))
+    return install(model, prepare_adapter(model, plan, name=name, mode=mode))

@@ -1,8 +1,8 @@
 """Settings of pre-training, of one adaptation, and of a comparison of several.
 
 Defaults fit `nafnet-tiny` on a CPU. Sizes after the official NAFNet and Restormer recipes are in
-configs/restoration. The exact values of the paper (Park et al. 2024, arXiv 2408.01099) are not known,
-so everything that is derived is an option.
+configs/restoration. The exact values of the paper (Park et al. 2024, arXiv 2408.01099) are not
+known, so everything that is derived is an option.
 """
 
 import dataclasses

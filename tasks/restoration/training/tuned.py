@@ -5,8 +5,8 @@
 
 Both are one adapter file of the core: it holds the change of every layer, and the vectors as they
 are. Training a difference from zero without decay is training the weight itself. Training from
-scratch begins at the difference between fresh weights and the base, so that its result is an adapter
-of the same base as the others.
+scratch begins at the difference between fresh weights and the base, so that its result is an
+adapter of the same base as the others.
 """
 
 from collections.abc import Mapping
@@ -104,7 +104,8 @@ def tune(
             room = int(budget * total) - (_count(model, vectors) if extras else 0)
             found = _within(sizes, room, total, scores, gamma=gamma, beta=beta, least=least)
         ranks, dense = found.ranks, found.dense
-        inject_ranks(model, ranks, **options)
+        # Through the changed weight: thin maps of full size cost more than a sum of weights.
+        inject_ranks(model, ranks, mode="auto" if options.get("dropout") else "dense", **options)
     elif method in WHOLE:
         dense = _whole(model, method)
         vl.inject(model, "full", sorted(dense))
