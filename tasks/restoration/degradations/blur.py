@@ -36,7 +36,7 @@ def blur(image: Image, rng: np.random.Generator, scale: float = 1.0) -> tuple[Im
         return convolved(image, kernel), {"sigma": rounded(sigma)}
     one, other = rng.uniform(*SIGMA, 2) * scale
     angle = rng.uniform(-math.pi, math.pi)
-    drawn = {"sigma": [rounded(one), rounded(other)], "angle": rounded(angle)}
+    drawn = {"sigma": [rounded(one), rounded(other)], "angle": rounded(math.degrees(angle))}
     return convolved(image, gaussian(one, other, angle)), drawn
 
 
@@ -46,7 +46,7 @@ def motion(image: Image, rng: np.random.Generator, scale: float = 1.0) -> tuple[
     angle = rng.uniform(0, math.pi)
     walk = bool(rng.random() < WALK)
     kernel = path(length, angle, TURN if walk else 0.0, rng)
-    drawn = {"length": rounded(length), "angle": rounded(angle), "walk": walk}
+    drawn = {"length": rounded(length), "angle": rounded(math.degrees(angle)), "walk": walk}
     return convolved(image, kernel), drawn
 
 
