@@ -9,8 +9,9 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-from jaxtyping import Float, Shaped
+from jaxtyping import Float, Shaped, UInt8
 from numpy.typing import DTypeLike
+from PIL import Image
 
 from visionlora.errors import DataError, OutputError
 from visionlora.io.atomic import write_atomically
@@ -63,7 +64,7 @@ def read_picture(path: str | Path) -> Picture:
         raise DataError(f"no picture {file}")
     flags = cv2.IMREAD_UNCHANGED | cv2.IMREAD_IGNORE_ORIENTATION
     data = np.fromfile(file, np.uint8)
-    stored = cv2.imdecode(data, flags) if data.size else None
+    stored = _decoded(data, flags) if data.size else None
     if stored is None or stored.dtype not in (np.uint8, np.uint16):
         why = "cannot be read" if stored is None else f"holds {stored.dtype}, not 8 or 16 bits"
         raise DataError(f"{file} {why}")
@@ -72,6 +73,30 @@ def read_picture(path: str | Path) -> Picture:
     alpha = stored[..., 3] if stored.shape[2] == 4 else None
     levels = np.ascontiguousarray(stored[..., 2::-1])
     return Picture(levels, None if alpha is None else np.ascontiguousarray(alpha))
+
+
+def header_size(path: str | Path) -> tuple[int, int]:
+    """Return height and width by the header of a file, which costs nothing.
+
+    Raises:
+        DataError: the file is missing or no picture.
+    """
+    try:
+        with Image.open(path) as image:
+            return image.height, image.width
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        raise DataError(f"{path} cannot be read") from None
+
+
+def _decoded(data: UInt8[np.ndarray, " n"], flags: int) -> np.ndarray | None:
+    """Decode a picture; None if it is none, is cut short, or claims more pixels than allowed."""
+    loud = cv2.utils.logging.setLogLevel(0)  # it names functions, not files
+    try:
+        return cv2.imdecode(data, flags)
+    except cv2.error:
+        return None
+    finally:
+        cv2.utils.logging.setLogLevel(loud)
 
 
 def to_levels(pixels: Float[np.ndarray, "h w 3"], dtype: DTypeLike = np.uint8) -> Levels:

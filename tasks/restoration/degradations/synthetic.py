@@ -9,7 +9,8 @@
     jpeg       quality 10, see jpeg.py
     sr         bicubic to a fourth and back; the smaller picture is taken with antialiasing
 
-All but the noise model of `denoise` are stand-ins of this project for pairs that users have.
+All but `denoise` stay in [0, 1]. All but its noise model are stand-ins of this project for pairs
+that users have.
 """
 
 import cv2
@@ -49,7 +50,7 @@ def lowlight(image: Image, rng: np.random.Generator) -> tuple[Image, Drawn]:
     dark = np.float32(gain) * image ** np.float32(gamma)
     counted = (rng.poisson(dark * 1000) / 1000).astype(np.float32)
     noisy = gaussian_noise(counted, 2.0, rng)
-    return noisy, {"gamma": rounded(gamma), "gain": rounded(gain)}
+    return noisy.clip(0, 1), {"gamma": rounded(gamma), "gain": rounded(gain)}
 
 
 def compress(image: Image, rng: np.random.Generator) -> tuple[Image, Drawn]:
@@ -69,7 +70,7 @@ def coarsen(image: Image, rng: np.random.Generator) -> tuple[Image, Drawn]:
             small, Pillow.Resampling.BICUBIC
         )
         channels.append(np.asarray(less.resize((width, height), Pillow.Resampling.BICUBIC)))
-    return np.stack(channels, axis=2), {"factor": FACTOR}
+    return np.stack(channels, axis=2).clip(0, 1), {"factor": FACTOR}
 
 
 TASKS: dict[str, Degradation] = {

@@ -15,11 +15,12 @@ from torch import Tensor
 
 from tasks.restoration.pairs.sources import Patch, Source
 from visionlora.errors import ConfigError
+from visionlora.training.ahead import Ahead
 from visionlora.training.sampler import process, shard
 
 
 class Batch(NamedTuple):
-    """Patches in [0, 1]."""
+    """Patches, the clean ones in [0, 1]; noise that is added to clean pictures may leave it."""
 
     input: Float[Tensor, "b 3 p p"]
     target: Float[Tensor, "b 3 p p"]
@@ -60,19 +61,29 @@ class Batches:
     Args:
         samples: the samples.
         batch_size: samples per step over all processes.
+        workers: processes that prepare batches; 0 makes them where they are asked for.
     """
 
-    def __init__(self, samples: Samples, batch_size: int) -> None:
+    def __init__(self, samples: Samples, batch_size: int, *, workers: int = 0) -> None:
+        if batch_size < 1:
+            raise ConfigError(f"batch_size must be at least 1, got {batch_size}")
         self.samples = samples
         self.batch_size = batch_size
+        self._ahead = Ahead(samples, self.numbers, workers)
+
+    def numbers(self, step: int) -> list[int]:
+        """Return which samples this process gets in a step."""
+        start = step * self.batch_size
+        return shard(range(start, start + self.batch_size), *process())
 
     def __call__(self, step: int) -> Batch:
         """Return a batch."""
-        start = step * self.batch_size
-        numbers = shard(range(start, start + self.batch_size), *process())
-        made = [self.samples(number) for number in numbers]
-        inputs, targets = zip(*made, strict=True)
+        inputs, targets = zip(*self._ahead(step), strict=True)
         return Batch(_stacked(inputs), _stacked(targets))
+
+    def close(self) -> None:
+        """Stop the workers."""
+        self._ahead.close()
 
 
 def _stacked(patches: tuple[Patch, ...]) -> Float[Tensor, "b 3 p p"]:

@@ -4,7 +4,8 @@ pairs:PATH    pairs of pictures, or PATH alone
 prod:PATH     clean pictures, degraded as pre-training does
 derain:PATH   clean pictures, degraded by a stand-in for a task (denoise, dehaze, deblur, ...)
 
-Every picture is decoded once and kept as it is stored, in 8 or 16 bits.
+Every picture is read before the first patch, so that a broken one, or a pair of two sizes, is known
+at once.
 """
 
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ from tasks.restoration.degradations.prod import Prod
 from tasks.restoration.degradations.synthetic import TASKS
 from tasks.restoration.images import Levels, Picture, pictures_below, read_picture
 from tasks.restoration.pairs.layouts import AUTO, PairPath, find_pairs
+from tasks.restoration.pairs.memory import MEMORY, Memory
 from visionlora.errors import ConfigError, DataError, nearest
 
 Patch = Float[np.ndarray, "p p 3"]
@@ -34,7 +36,7 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def patch(self, side: int, rng: np.random.Generator) -> tuple[Patch, Patch]:
-        """Draw a degraded and a clean patch in [0, 1]."""
+        """Draw a degraded and a clean patch, the clean one in [0, 1]."""
         ...
 
 
@@ -43,51 +45,75 @@ class Pairs:
 
     Args:
         paths: the pairs.
+        memory: bytes that decoded pictures may take.
 
     Raises:
-        DataError: a picture that cannot be read, or a pair of two sizes.
+        DataError: no pair, a picture that cannot be read, or a pair of two sizes.
     """
 
-    def __init__(self, paths: Sequence[PairPath]) -> None:
-        self.pairs = [read_pair(path) for path in paths]
-        self.notes: tuple[str, ...] = (f"{len(self)} pairs",)
+    def __init__(self, paths: Sequence[PairPath], memory: int = MEMORY) -> None:
+        if not paths:
+            raise DataError("no pair to cut patches from")
+        self.paths = tuple(paths)
+        self.read = Memory(memory)
+        for path in self.paths:
+            check_size(path, self.read(path.input).shape, self.read(path.target).shape)
+        self.notes: tuple[str, ...] = (f"{len(self)} pairs", *self.read.notes)
 
     def __len__(self) -> int:
-        return len(self.pairs)
+        return len(self.paths)
 
     def patch(self, side: int, rng: np.random.Generator) -> tuple[Patch, Patch]:
         """Draw the same place of both halves of a pair."""
-        degraded, clean = self.pairs[int(rng.integers(len(self)))]
-        corner = draw_corner(clean.size, side, rng)
-        return cut(degraded.levels, corner, side), cut(clean.levels, corner, side)
+        path = self.paths[int(rng.integers(len(self)))]
+        degraded, clean = self.read(path.input), self.read(path.target)
+        corner = draw_corner(clean.shape, side, rng)
+        return cut(degraded, corner, side), cut(clean, corner, side)
 
 
 class Clean:
     """Patches of clean pictures, degraded on the way.
 
     Args:
-        files: the pictures.
+        files: the pictures; those that cannot be read are left out and noted.
         degradation: what is done to a patch.
         what: how to call it.
+        memory: bytes that decoded pictures may take.
 
     Raises:
-        DataError: a picture that cannot be read.
+        DataError: no picture can be read.
     """
 
-    def __init__(self, files: Sequence[Path], degradation: Degradation, what: str) -> None:
-        self.pictures = [read_picture(file) for file in files]
+    def __init__(
+        self, files: Sequence[Path], degradation: Degradation, what: str, memory: int = MEMORY
+    ) -> None:
         self.degradation = degradation
+        self.read = Memory(memory)
+        self.files: list[Path] = []
+        broken: list[str] = []
+        for file in files:
+            try:
+                self.read(file)
+            except DataError as error:
+                broken.append(str(error))
+                continue
+            self.files.append(file)
+        if not self.files:
+            raise DataError(f"no clean picture{f'; first: {broken[0]}' if broken else ''}")
         self.notes: tuple[str, ...] = (f"{len(self)} clean pictures, degraded by {what}",)
+        if broken:
+            self.notes += (f"{len(broken)} pictures left out, first: {broken[0]}",)
+        self.notes += self.read.notes
 
     def __len__(self) -> int:
-        return len(self.pictures)
+        return len(self.files)
 
     def patch(self, side: int, rng: np.random.Generator) -> tuple[Patch, Patch]:
         """Draw a clean patch and degrade it."""
-        picture = self.pictures[int(rng.integers(len(self)))]
-        clean = cut(picture.levels, draw_corner(picture.size, side, rng), side)
+        levels = self.read(self.files[int(rng.integers(len(self)))])
+        clean = cut(levels, draw_corner(levels.shape, side, rng), side)
         degraded, _ = self.degradation(clean, rng)
-        return np.clip(degraded, 0, 1), clean
+        return degraded, clean
 
 
 def load_source(spec: str, *, layout: str = AUTO, prod: Prod | None = None) -> Source:
@@ -128,17 +154,26 @@ def read_pair(path: PairPath) -> tuple[Picture, Picture]:
         DataError: one cannot be read, or they differ in size.
     """
     degraded, clean = read_picture(path.input), read_picture(path.target)
-    if degraded.size != clean.size:
-        sizes = [f"{width} x {height}" for height, width in (degraded.size, clean.size)]
-        raise DataError(
-            f"{path.input} is {sizes[0]} and {path.target} is {sizes[1]}: a pair needs one size"
-        )
+    check_size(path, degraded.size, clean.size)
     return degraded, clean
 
 
-def draw_corner(size: tuple[int, int], side: int, rng: np.random.Generator) -> tuple[int, int]:
-    """Draw the top left corner of a patch."""
-    top, left = (int(rng.integers(max(1, extent - side + 1))) for extent in size)
+def check_size(path: PairPath, degraded: Sequence[int], clean: Sequence[int]) -> None:
+    """Compare height and width of both halves.
+
+    Raises:
+        DataError: they differ.
+    """
+    if tuple(degraded[:2]) != tuple(clean[:2]):
+        sizes = [f"{shape[1]} x {shape[0]}" for shape in (degraded, clean)]
+        raise DataError(
+            f"{path.input} is {sizes[0]} and {path.target} is {sizes[1]}: a pair needs one size"
+        )
+
+
+def draw_corner(shape: Sequence[int], side: int, rng: np.random.Generator) -> tuple[int, int]:
+    """Draw the top left corner of a patch in a picture of height and width `shape`."""
+    top, left = (int(rng.integers(max(1, extent - side + 1))) for extent in shape[:2])
     return top, left
 
 
