@@ -1,0 +1,1 @@
+"""Restoring a picture of any size with a network."""
