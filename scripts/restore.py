@@ -1,12 +1,12 @@
 """Restore pictures: pre-train with mixed degradations, adapt to a task, evaluate, use.
 
 python scripts/restore.py pretrain --clean DIR [options]                 a base network
-python scripts/restore.py contribution --base B --data ROOT              which layers matter for a task
+python scripts/restore.py contribution --base B --data ROOT              what each layer matters
 python scripts/restore.py adapt --base B --data ROOT --task T            an adapter for a task
 python scripts/restore.py evaluate --base B --adapter DIR --data ROOT    PSNR and SSIM
 python scripts/restore.py run IN OUT --adapter DIR                       restore files and folders
 python scripts/restore.py compare --base B --data ROOT --task T          several methods and seeds
-python scripts/restore.py merge --base B --adapter DIR --output FILE     base and adapter in one file
+python scripts/restore.py merge --base B --adapter DIR --output FILE     both in one file
 python scripts/restore.py preview IN [options]                           a sheet of degradations
 python scripts/restore.py degrade IN OUT [options]                       degraded copies of pictures
 python scripts/restore.py check ROOT [options]                           how pairs lie on disk

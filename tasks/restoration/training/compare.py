@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tasks.restoration.pairs.split import split
 from tasks.restoration.training import adapt
 from tasks.restoration.training.comparison import (
     Line,
@@ -28,6 +29,7 @@ from tasks.restoration.training.comparison import (
 from tasks.restoration.training.comparison_plot import save_plot
 from tasks.restoration.training.config import AdaptConfig, CompareConfig
 from tasks.restoration.training.fitting import MAY_CHANGE
+from tasks.restoration.training.held_out import Pictures
 from visionlora.errors import DataError, OutputError
 from visionlora.io.atomic import write_text_atomically
 from visionlora.training import RunDirectory
@@ -46,6 +48,7 @@ def run(config: CompareConfig) -> dict[str, Any]:
     Raises:
         VisionLoraError: a setting, data or a file that cannot be used; finished runs are kept.
     """
+    _check_counts(config)
     directory, made = open_run(
         config.output, DEFAULT, resume=config.resume, overwrite=config.overwrite
     )
@@ -71,6 +74,13 @@ def run(config: CompareConfig) -> dict[str, Any]:
             f"[{number}/{len(plan)}] {label}: {figures['test_psnr']:.2f} dB ({state})", flush=True
         )
     return _write(config, records, directory)
+
+
+def _check_counts(config: CompareConfig) -> None:
+    """Refuse more training pictures than there are before the first run, not at the last."""
+    names = Pictures(config.data, config.layout).names
+    validation = 0 if config.val else config.val_images
+    split(names, test=config.test_images, validation=validation, train=max(config.train_images))
 
 
 def finished(folder: Path, config: AdaptConfig) -> dict[str, Any] | None:
