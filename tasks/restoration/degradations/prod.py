@@ -31,6 +31,8 @@ MODES: tuple[str, ...] = get_args(Mode)
 ORDER = ("blur", "motion", "rain", "noise", "jpeg")
 FULL_PATCH = 256
 """Side of a patch for which lengths are given."""
+SHORTEST = 0.5
+"""Least factor of lengths: small patches are cut from large pictures, whose blur is not smaller."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ class Prod:
     @property
     def functions(self) -> dict[str, Degradation]:
         """The functions by name, their lengths fitted to the patch."""
-        scale = min(1.0, self.patch / FULL_PATCH)
+        scale = min(1.0, max(SHORTEST, self.patch / FULL_PATCH))
         return {
             "blur": partial(blur, scale=scale),
             "motion": partial(motion, scale=scale),

@@ -2,8 +2,9 @@
 
     y = x + R (1 - x),   R = a clamp(g (S * L), 0, 1),   g = length of L
 
-S is a map of drops, Bernoulli with density U(.002, .02); L a line of U(9, 45) px within 30 degrees
-of the vertical, softened by a Gaussian of U(.3, 1); a in U(.3, .9). R is the same in all channels.
+S is a map of drops, Bernoulli; L a line of U(9, 45) px within 30 degrees of the vertical, softened
+by a Gaussian of U(.3, 1); a in U(.3, .9). Drops are as dense as makes the streaks, density times
+length, cover U(.02, .2) of the picture. R is the same in all channels.
 PROD (Park et al. 2024, arXiv 2408.01099) has rain among its functions; this model and its ranges
 are derived, the paper's are not known. Lengths are for patches of 256 px.
 """
@@ -16,7 +17,7 @@ import numpy as np
 from tasks.restoration.degradations.base import Drawn, Image, rounded
 from tasks.restoration.degradations.blur import path
 
-DENSITY = (0.002, 0.02)
+COVER = (0.02, 0.2)
 LENGTH = (9.0, 45.0)
 SLANT = math.radians(30)
 SOFT = (0.3, 1.0)
@@ -25,13 +26,13 @@ OPACITY = (0.3, 0.9)
 
 def rain(image: Image, rng: np.random.Generator, scale: float = 1.0) -> tuple[Image, Drawn]:
     """Let it rain."""
-    density, soft, opacity = (rng.uniform(*limits) for limits in (DENSITY, SOFT, OPACITY))
+    cover, soft, opacity = (rng.uniform(*limits) for limits in (COVER, SOFT, OPACITY))
     length = max(3.0, rng.uniform(*LENGTH) * scale)
     slant = rng.uniform(-SLANT, SLANT)
-    streaks = _streaks(image.shape[:2], density, length, slant, soft, rng)
+    streaks = _streaks(image.shape[:2], cover / length, length, slant, soft, rng)
     layer = np.float32(opacity) * streaks[..., None]
     drawn = {
-        "density": rounded(density),
+        "cover": rounded(cover),
         "length": rounded(length),
         "slant": rounded(math.degrees(slant)),
         "opacity": rounded(opacity),
