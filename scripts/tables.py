@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 import visionlora as vl
-from benchmarks import composition, fewshot_speed, outcomes
+from benchmarks import composition, fewshot_speed, outcomes, shift_report
 from visionlora.config import AdapterConfig
 from visionlora.io.atomic import write_text_atomically
 from visionlora.methods import Delta
@@ -172,6 +172,7 @@ TABLES = {
     "overhead": outcomes.overhead,
     "memory": outcomes.memory,
     "fewshot-speed": fewshot_speed.markdown,
+    "tracking-shift": shift_report.table,
 }
 FILES = (
     "README.md",
@@ -179,6 +180,7 @@ FILES = (
     "docs/methods/index.md",
     "docs/methods/starts-and-dynamics.md",
     "docs/performance.md",
+    "docs/tracking/index.md",
 )
 
 
