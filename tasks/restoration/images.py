@@ -63,7 +63,10 @@ def read_picture(path: str | Path) -> Picture:
     if not file.is_file():
         raise DataError(f"no picture {file}")
     flags = cv2.IMREAD_UNCHANGED | cv2.IMREAD_IGNORE_ORIENTATION
-    data = np.fromfile(file, np.uint8)
+    try:
+        data = np.fromfile(file, np.uint8)
+    except OSError as error:
+        raise DataError(f"{file} cannot be read: {error.strerror or error}") from error
     stored = _decoded(data, flags) if data.size else None
     if stored is None or stored.dtype not in (np.uint8, np.uint16):
         why = "cannot be read" if stored is None else f"holds {stored.dtype}, not 8 or 16 bits"
@@ -106,27 +109,44 @@ def to_levels(pixels: Float[np.ndarray, "h w 3"], dtype: DTypeLike = np.uint8) -
 
 
 def write_picture(path: str | Path, pixels: Float[np.ndarray, "h w 3"], like: Picture) -> Path:
-    """Write a picture completely or not at all, in the depth and with the channels of `like`.
+    """Write values in [0, 1] completely or not at all, in the depth and channels of `like`.
 
     Raises:
         OutputError: the format is unknown or cannot hold it, or the file cannot be written.
     """
+    return write_levels(path, to_levels(pixels, like.levels.dtype), like)
+
+
+def write_levels(path: str | Path, levels: Levels, like: Picture) -> Path:
+    """Write levels in the same way.
+
+    Raises:
+        OutputError: see `write_picture`.
+    """
     file = Path(path)
-    suffix = file.suffix.lower()
-    if suffix not in SUFFIXES:
-        raise OutputError(f"{file}: unknown picture format; known: {', '.join(sorted(SUFFIXES))}")
-    if suffix not in DEEP and (like.largest > 255 or like.alpha is not None):
-        raise OutputError(f"{file}: {suffix[1:]} holds neither 16 bits nor transparency; use png")
-    levels = to_levels(pixels, like.levels.dtype)
+    check_format(file, like)
     stored = levels[..., ::-1]
     if like.grey:
         stored = np.rint(levels.mean(axis=2)).astype(levels.dtype)
     elif like.alpha is not None:
         stored = np.concatenate([stored, like.alpha[..., None]], axis=2)
-    done, data = cv2.imencode(suffix, np.ascontiguousarray(stored))
+    done, data = cv2.imencode(file.suffix.lower(), np.ascontiguousarray(stored))
     if not done:
         raise OutputError(f"{file} cannot be encoded")
     return write_atomically(file, lambda temporary: _write(temporary, data.tobytes()))
+
+
+def check_format(file: Path, like: Picture) -> None:
+    """Refuse a format that does not hold the depth and channels of a picture.
+
+    Raises:
+        OutputError: or the format is unknown.
+    """
+    suffix = file.suffix.lower()
+    if suffix not in SUFFIXES:
+        raise OutputError(f"{file}: unknown picture format; known: {', '.join(sorted(SUFFIXES))}")
+    if suffix not in DEEP and (like.largest > 255 or like.alpha is not None):
+        raise OutputError(f"{file}: {suffix[1:]} holds neither 16 bits nor transparency; use png")
 
 
 def pictures_below(folder: str | Path) -> list[Path]:

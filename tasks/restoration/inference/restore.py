@@ -2,7 +2,8 @@
 
     self-ensemble   mean over the eight turns and mirrorings t of   t^-1( f( t(x) ) )
 
-(Timofte et al. 2016, arXiv 1511.02228): about eight times the time for a little more PSNR.
+(Timofte et al. 2016, arXiv 1511.02228): about eight times the time for a little more PSNR. Of a
+picture in tiles, every tile is turned, so that memory stays that of a tile.
 """
 
 from collections.abc import Callable
@@ -10,11 +11,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Shaped
 from torch import Tensor, nn
 
-from tasks.restoration.inference.tiling import OVERLAP, TILE, WHOLE, Picture, tiled
-from visionlora.errors import ConfigError
+from tasks.restoration.images import to_levels
+from tasks.restoration.inference.tiling import OVERLAP, TILE, WHOLE, OnTile, Picture, Rows, bands
+from visionlora.errors import ConfigError, DataError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,43 +37,66 @@ class RestoreOptions:
         if not 0 <= self.overlap < (self.tile or TILE):
             raise ConfigError(f"--overlap must lie in [0, {self.tile or TILE}), got {self.overlap}")
 
-    def side(self, picture: Picture) -> int:
-        """Return the side of the tiles of a picture, 0 for one piece."""
-        if self.tile is not None:
-            return self.tile
-        return TILE if picture.shape[-1] * picture.shape[-2] > WHOLE else 0
+    def side(self, height: int, width: int) -> int:
+        """Return the side of the tiles of a picture; that of the picture for one piece."""
+        if self.tile is None:
+            return TILE if height * width > WHOLE else max(height, width)
+        return self.tile or max(height, width)
 
 
 @torch.inference_mode()
 def restore(
     model: nn.Module,
-    pixels: Float[np.ndarray, "h w 3"],
+    pixels: Shaped[np.ndarray, "h w 3"],
     options: RestoreOptions | None = None,
     *,
     device: torch.device | str = "cpu",
-    on_tile: Callable[[int, int], None] | None = None,
-) -> Float[np.ndarray, "h w 3"]:
-    """Return the restored picture, not clamped.
+    on_tile: OnTile | None = None,
+) -> Shaped[np.ndarray, "h w 3"]:
+    """Return the restored picture, of the type of the given one.
 
     Args:
         model: the network, on `device` and in eval mode.
-        pixels: the picture in [0, 1].
+        pixels: floats, black 0 and white 1, of which the result is not clamped; or levels of 8 or
+            16 bits, which are taken and given back row by row, so that a large picture never
+            stands in memory as floats.
         options: tiles and ensemble.
         device: where the network is.
         on_tile: told how many of how many tiles are done.
+
+    Raises:
+        ConfigError: the network changes the size of pictures.
+        DataError: its output is not finite.
     """
     options = options or RestoreOptions()
-    picture = torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1))).to(device)
+    height, width = pixels.shape[:2]
+    levels = np.issubdtype(pixels.dtype, np.integer)
+    white = np.iinfo(pixels.dtype).max if levels else 1
+
+    def read(top: int, stop: int) -> Rows:
+        rows = np.ascontiguousarray(pixels[top:stop].transpose(2, 0, 1), np.float32)
+        return torch.from_numpy(rows).to(device) / white
 
     def once(part: Picture) -> Picture:
-        side = options.side(part)
-        if side:
-            return tiled(model, part, side, options.overlap, on_tile)
-        restored: Tensor = model(part[None])[0]
+        restored: Tensor = model(part[None])[0].float()
+        if restored.shape != part.shape:
+            raise ConfigError(
+                f"the network makes {tuple(restored.shape)} of {tuple(part.shape)}; one that keeps "
+                "the size of pictures is needed"
+            )
         return restored
 
-    restored = eight_ways(once, picture) if options.ensemble else once(picture)
-    return np.ascontiguousarray(restored.cpu().numpy().transpose(1, 2, 0))
+    network = (lambda part: eight_ways(once, part)) if options.ensemble else once
+    side = options.side(height, width)
+    # One tile needs no fading, and is what the network says to the last bit.
+    overlap = options.overlap if side < max(height, width) else 0
+    restored = np.empty_like(pixels)
+    for top, rows in bands(network, read, (height, width), side, overlap, on_tile):
+        if not torch.isfinite(rows).all():
+            raise DataError("the network's output is not finite; --precision fp32 may help")
+        found = rows.cpu().numpy().transpose(1, 2, 0)
+        restored[top : top + len(found)] = to_levels(found, pixels.dtype) if levels else found
+    return restored
 
 
 def eight_ways(network: Callable[[Picture], Picture], picture: Picture) -> Picture:

@@ -42,6 +42,8 @@ class Example:
     degraded: Float[np.ndarray, "h w 3"]
     clean: Levels
     """In 8 bits, as figures are computed."""
+    grey: bool = False
+    """Whether the degraded picture is stored without colours."""
 
 
 class Parts(NamedTuple):
@@ -89,11 +91,11 @@ class Pictures:
         name, item = self.names[index], self.items[index]
         if isinstance(item, PairPath):
             degraded, clean = (_middle(half, side) for half in read_pair(item))
-            return Example(name, degraded.pixels, clean.in_8_bits)
+            return Example(name, degraded.pixels, clean.in_8_bits, degraded.grey)
         clean = _middle(read_picture(item), side)
         rng = np.random.default_rng((seed, zlib.crc32(name.encode())))
         pixels, _ = TASKS[self.kind](clean.pixels, rng)
-        return Example(name, np.clip(pixels, 0, 1), clean.in_8_bits)
+        return Example(name, pixels, clean.in_8_bits, clean.grey)
 
 
 def load_parts(config: AdaptConfig) -> Parts:
@@ -153,4 +155,4 @@ def _middle(picture: Picture, side: int | None) -> Picture:
     if side is None:
         return picture
     places = [slice(max(0, (n - side) // 2), max(0, (n - side) // 2) + side) for n in picture.size]
-    return Picture(np.ascontiguousarray(picture.levels[tuple(places)]))
+    return Picture(np.ascontiguousarray(picture.levels[tuple(places)]), grey=picture.grey)
