@@ -101,9 +101,10 @@ class Restorer:
             self._use_smaller_tiles(pixels)
 
     def _use_smaller_tiles(self, pixels: Shaped[np.ndarray, "h w 3"]) -> None:
-        side = self.options.side(*pixels.shape[:2]) // 2 // 8 * 8
+        before = self.options.side(*pixels.shape[:2])
+        side = before // 2 // 8 * 8
         if side < SMALLEST:
-            raise DataError(f"the memory of {self.device} does not suffice for tiles of {2 * side}")
+            raise DataError(f"the memory of {self.device} does not suffice for {before} px a side")
         overlap = min(self.options.overlap, side // 4)
         self.options = dataclasses.replace(self.options, tile=side, overlap=overlap)
         if self.device.type == "cuda":
