@@ -78,7 +78,7 @@ def run(config: RunConfig, restorer: Restorer | None = None) -> dict[str, Any]:
     if failures:
         raise DataError(
             f"{len(failures)} of {len(found)} pictures cannot be restored ({failures[0]}); "
-            f"{done} others are in {config.output}"
+            f"the other {len(found) - len(failures)} are in {config.output}"
         )
     print(f"{done} pictures restored: {config.output}")
     return {"restored": done, "kept": len(found) - len(waiting)}

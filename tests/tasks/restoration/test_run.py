@@ -110,7 +110,7 @@ def test_a_broken_file_is_named_and_the_run_goes_on_when_it_is_mended(
 ):
     out, whole = tmp_path / "out", (folder / "deep" / "b.png").read_bytes()
     (folder / "deep" / "b.png").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(DataError, match=r"1 of 3 pictures .*b\.png.* 2 others are in"):
+    with pytest.raises(DataError, match=r"1 of 3 pictures .*b\.png.* the other 2 are in"):
         restored(folder, out, identity)
     assert "b.png" in capsys.readouterr().err
     assert not (out / "deep" / "b.png").exists()
