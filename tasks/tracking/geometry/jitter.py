@@ -30,6 +30,7 @@ def jittered_mapping(
     area_factor: float,
     generator: np.random.Generator,
     reach: float = REACH,
+    spread: float = SCALE_STD,
 ) -> Mapping | None:
     """Return a random map around an `xyxy` box, or None when no attempt shows enough of it.
 
@@ -39,7 +40,7 @@ def jittered_mapping(
     box = np.asarray(box, dtype=np.float64)
     plain = crop_mapping(box, out_size, area_factor).scale
     for _ in range(ATTEMPTS):
-        scale = plain / np.exp(SCALE_STD * generator.standard_normal(2))
+        scale = plain / np.exp(spread * generator.standard_normal(2))
         side = np.mean((box[2:] - box[:2]) * scale)
         shift = generator.uniform(-1.0, 1.0, size=2) * side * reach
         mapping = centred(box, scale, out_size)

@@ -4,7 +4,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from tasks.tracking.geometry.jitter import REACH
+from tasks.tracking.geometry.jitter import REACH, SCALE_STD
 from tasks.tracking.model.build import METHOD
 from tasks.tracking.model.embedding import PosMode
 from tasks.tracking.model.variants import find_variant
@@ -56,6 +56,8 @@ class TrainConfig:
     """Train on so many pairs again and again, to see whether a model can learn them."""
     reach: float = REACH
     """Farthest that the search crop is moved, in mean sides of the object (3)."""
+    spread: float = SCALE_STD
+    """Deviation of the logarithm of the search crop's scale, each axis by itself (0.25)."""
     third_augment: float = 1.0
     """Share of pairs that are made grey, solarised or blurred."""
     epochs: int = 170
@@ -110,6 +112,8 @@ class TrainConfig:
                 raise ConfigError(
                     f"--{name.replace('_', '-')} must be positive, got {getattr(self, name)}"
                 )
+        if not 0 <= self.spread < float("inf"):
+            raise ConfigError(f"--spread must not be negative, got {self.spread}")
         if not 0 <= self.weight_decay < float("inf"):
             raise ConfigError(f"--weight-decay must not be negative, got {self.weight_decay}")
         if not 0 <= self.third_augment <= 1:

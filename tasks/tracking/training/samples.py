@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
 from tasks.tracking.geometry.crop import Mapping, channel_mean, crop, crop_mapping
-from tasks.tracking.geometry.jitter import REACH, jittered_mapping
+from tasks.tracking.geometry.jitter import REACH, SCALE_STD, jittered_mapping
 from tasks.tracking.geometry.raster import cells
 from tasks.tracking.model.variants import TrackerShape
 from tasks.tracking.training.augment import Augmentation, Augmented, Crop, as_they_are
@@ -60,6 +60,7 @@ class Samples:
         seed: seed of all draws.
         augmentation: how crops are varied; None for crops as they are.
         reach: farthest jitter of the search crop, in mean sides of the object.
+        spread: deviation of the logarithm of its scale, along each axis by itself.
     """
 
     def __init__(
@@ -69,12 +70,14 @@ class Samples:
         seed: int,
         augmentation: Augmentation | None = None,
         reach: float = REACH,
+        spread: float = SCALE_STD,
     ) -> None:
         self.source = source
         self.shape = shape
         self.seed = seed
         self.augmentation = augmentation
         self.reach = reach
+        self.spread = spread
 
     def __call__(self, number: int) -> Sample:
         """Return sample `number`.
@@ -105,7 +108,12 @@ class Samples:
     def _crops(self, pair: Pair, rng: np.random.Generator) -> tuple[Crop, Crop] | None:
         shape = self.shape
         mapping = jittered_mapping(
-            pair.search.box, shape.search_px, shape.search_factor, rng, self.reach
+            pair.search.box,
+            shape.search_px,
+            shape.search_factor,
+            rng,
+            self.reach,
+            self.spread,
         )
         if mapping is None:
             return None

@@ -52,6 +52,9 @@ LEAST_CONTRAST = 12.0
 SIZE, ASPECT = 0.2, 0.6
 """Deviations of the logarithms of an object's side and of its width by height: people stand and
 cars lie, and a tracker that has seen only squares draws squares around both."""
+PARTS = 0.5
+"""Share of things put together from two or three materials, as people and cars are: the box is
+that of all of them."""
 TRIES = 6
 OUTLINES = 512
 TEXTURE = 48
@@ -133,11 +136,21 @@ class SyntheticPairs:
         return [thing, later], [pose(size, start), pose(grown, end, turn, shear)]
 
     def _thing(self, rng: np.random.Generator) -> Thing:
+        texture = self._texture(rng)
+        for _ in range(int(rng.integers(1, 3)) if rng.random() < PARTS else 0):
+            border = int(rng.uniform(0.25, 0.75) * TEXTURE)
+            part = (
+                (slice(border), slice(None)) if rng.random() < 0.5 else (slice(None), slice(border))
+            )
+            texture[part] = self._texture(rng)[part]
+        return Thing(texture, self._outline(rng))
+
+    def _texture(self, rng: np.random.Generator) -> Frame:
+        """Draw a patch of a photograph."""
         side = rng.uniform(0.6, 1.6) * TEXTURE
         photo, centre = self._place(np.full(2, side), rng)
         middle = np.full(2, TEXTURE / 2)
-        texture = Look(photo, centre, middle, TEXTURE / side).frame(TEXTURE)
-        return Thing(texture, self._outline(rng))
+        return Look(photo, centre, middle, TEXTURE / side).frame(TEXTURE)
 
     def _outline(self, rng: np.random.Generator) -> Outline:
         return self._outlines[int(rng.integers(OUTLINES))]

@@ -52,7 +52,7 @@ def run(config: TrainConfig) -> dict[str, Any]:
     device = pick_device(config.device)
     source = load_source(config.data, config.root, config.data_weights, variant.shape)
     augmentation = Augmentation(config.third_augment)
-    samples = Samples(source, variant.shape, config.seed, augmentation, config.reach)
+    samples = Samples(source, variant.shape, config.seed, augmentation, config.reach, config.spread)
     batches = Batches(
         samples,
         config.batch_size // config.accumulate,

@@ -55,6 +55,11 @@ def test_a_shorter_reach_keeps_a_square_object_whole_but_for_its_scale():
     assert cut[1] > 0.4
 
 
+def test_no_spread_keeps_the_aspect():
+    mapping = jittered_mapping(BOX, 224, 4, np.random.default_rng(5), spread=0.0)
+    np.testing.assert_array_equal(mapping.scale, crop_mapping(BOX, 224, 4).scale)
+
+
 def test_enough_of_the_object_is_in_the_crop():
     generator = np.random.default_rng(1)
     cut = 0

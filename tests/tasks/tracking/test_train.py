@@ -244,6 +244,7 @@ def test_overlap_is_that_of_the_cell_with_the_highest_score(data):
         ({"batch_size": 0}, "--batch-size must be at least 1, got 0"),
         ({"batch_size": 6, "accumulate": 4}, "--batch-size 6 cannot be divided into 4 parts"),
         ({"lr": -1.0}, "--lr must be positive, got -1.0"),
+        ({"spread": -1.0}, "--spread must not be negative"),
         ({"reach": 0.0}, "--reach must be positive"),
         ({"third_augment": 1.5}, "--third-augment must lie in"),
         ({"data": []}, "--data names no data set"),
