@@ -6,7 +6,7 @@ picture for which the memory does not suffice is tried again in tiles of half th
 
 import dataclasses
 import sys
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -19,8 +19,9 @@ import visionlora as vl
 from tasks.restoration.inference.restore import RestoreOptions, restore
 from tasks.restoration.inference.tiling import OVERLAP, OnTile
 from tasks.restoration.networks.files import load_base
+from tasks.restoration.networks.local_pool import local_means
 from tasks.restoration.training.adapter_folder import WEIGHTS, Card, load_adapter
-from visionlora.errors import AdapterStateError, DataError
+from visionlora.errors import AdapterStateError, ConfigError, DataError
 from visionlora.training.device import autocast, pick_device
 
 SMALLEST = 64
@@ -41,6 +42,8 @@ class RestorerConfig:
     """Pixels that neighbouring tiles share."""
     ensemble: bool = False
     """Average over the eight turns and mirrorings of a picture: better, and eight times slower."""
+    local_means: int | None = None
+    """Side of the patches a NAFNet was trained on: means of windows of 1.5 times it, not of all."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Precision in which the network computes."""
     device: str = "auto"
@@ -49,6 +52,8 @@ class RestorerConfig:
     def __post_init__(self) -> None:
         """Check the numbers."""
         self.options()
+        if self.local_means is not None and self.local_means < 1:
+            raise ConfigError(f"--local-means must be at least 1, got {self.local_means}")
 
     def options(self) -> RestoreOptions:
         """Return how the network is run."""
@@ -77,6 +82,9 @@ class Restorer:
                 vl.merge(self.base.model)
         self.base.model.to(self.device).eval()
         self.options = config.options()
+        self.local_means = config.local_means
+        with self._local():
+            pass  # refuses a network that has no such means
         self.precision = config.precision
 
     def __call__(
@@ -89,7 +97,7 @@ class Restorer:
         """
         while True:
             try:
-                with autocast(self.precision, self.device.type):
+                with autocast(self.precision, self.device.type), self._local():
                     return restore(
                         *(self.base.model, pixels, self.options),
                         device=self.device,
@@ -99,6 +107,10 @@ class Restorer:
                 if not _is_out_of_memory(error):
                     raise
             self._use_smaller_tiles(pixels)
+
+    def _local(self) -> AbstractContextManager[object]:
+        """Return the context of local means, if they are wanted."""
+        return local_means(self.base.model, self.local_means) if self.local_means else nullcontext()
 
     def _use_smaller_tiles(self, pixels: Shaped[np.ndarray, "h w 3"]) -> None:
         before = self.options.side(*pixels.shape[:2])

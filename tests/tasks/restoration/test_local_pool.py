@@ -1,10 +1,15 @@
 """Local means: windows as they are defined, the plain mean where a window covers the map."""
 
+import numpy as np
 import pytest
 import torch
 
+from tasks.restoration.inference.restore import restore
+from tasks.restoration.inference.restorer import Restorer, RestorerConfig
 from tasks.restoration.networks.catalogue import find_network
+from tasks.restoration.networks.files import save_base
 from tasks.restoration.networks.local_pool import LocalMean, local_means
+from tests.tasks.restoration.pictures import waves
 from visionlora.errors import ConfigError
 
 
@@ -63,3 +68,19 @@ def test_other_networks_and_windows_are_refused():
         pass
     with pytest.raises(ConfigError, match="is none"), local_means(nafnet(), 0):
         pass
+
+
+def test_a_restorer_takes_local_means(tmp_path):
+    model, spec = nafnet(), find_network("nafnet-tiny")
+    path = str(save_base(model, spec, tmp_path / "base.safetensors"))
+    pixels = waves(0, 40, 64)
+    plain, local = (
+        Restorer(RestorerConfig(base=path, local_means=side))(pixels) for side in (None, 8)
+    )
+    with local_means(model, 8):
+        np.testing.assert_allclose(local, restore(model, pixels), atol=1e-6)
+    assert not np.allclose(local, plain, atol=1e-4)
+    with pytest.raises(ConfigError, match="this is a Restormer"):
+        Restorer(RestorerConfig(base="restormer-tiny:random", local_means=8))
+    with pytest.raises(ConfigError, match="--local-means must be at least 1"):
+        RestorerConfig(local_means=0)
