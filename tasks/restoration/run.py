@@ -178,7 +178,8 @@ def _record(config: RunConfig, restorer: Restorer) -> Finished | None:
         return None
     adapter = restorer.adapter_file
     digest = hashlib.sha256(adapter.read_bytes()).hexdigest() if adapter else "-"
-    by = f"{restorer.base.digest[:16]} {digest[:16]}{' x8' if config.ensemble else ''}"
+    local = f" local {config.local_means}" if config.local_means else ""
+    by = f"{restorer.base.digest[:16]} {digest[:16]}{' x8' if config.ensemble else ''}{local}"
     return Finished(Path(config.output).expanduser(), by)
 
 
