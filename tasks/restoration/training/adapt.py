@@ -53,7 +53,8 @@ def run(config: AdaptConfig, say: Say = print) -> dict[str, Any]:
     base = load_base(config.base, config.seed)
     parts = load_parts(config)
     samples = Samples(parts.train, config.patch, config.seed)
-    batches = Batches(samples, config.batch_size // config.accumulate)
+    batches = Batches(samples, config.batch_size // config.accumulate, workers=config.workers)
+    batches.numbers(0)  # refuses a batch that cannot be shared by the processes
     default = RUNS / re.sub(r"[^A-Za-z0-9]+", "-", f"adapt-{config.task}-{config.method}")
     directory, made = open_run(
         config.output, default, resume=config.resume, overwrite=config.overwrite
@@ -66,7 +67,10 @@ def run(config: AdaptConfig, say: Say = print) -> dict[str, Any]:
         say = _silent
     for line in _announced(base, parts, config, tuned):
         say(line)
-    fitted, validation = _train(base, config, batches, directory, parts, say)
+    try:
+        fitted, validation = _train(base, config, batches, directory, parts, say)
+    finally:
+        batches.close()
     found = _after(base, parts, config, validation, before)
     score = config.score if config.method == COLORA and config.scores is None else config.scores
     card = Card(
@@ -231,7 +235,7 @@ def _has_budget(config: AdaptConfig) -> bool:
 def _announced(base: Base, parts: Parts, config: AdaptConfig, tuned: Tuned) -> list[str]:
     """Say what is trained on what, layer by layer where there are ranks."""
     held = f"{len(parts.validation)} to validate, {len(parts.test)} to test"
-    lines = [f"{parts.train.notes[0]} to train on, {held}"]
+    lines = [f"{parts.train.notes[0]} to train on, {held}", *parts.train.notes[1:]]
     if tuned.ranks:
         width = max(map(len, tuned.ranks))
         lines += [

@@ -27,7 +27,9 @@ VALIDATIONS = 5
 LEAST: dict[str, int] = {
     **dict.fromkeys(("steps", "patch", "batch_size", "accumulate", "keep_checkpoints"), 1),
     **dict.fromkeys(("train_images", "val_every", "probe_steps", "probe_patches", "points"), 1),
-    **dict.fromkeys(("seed", "split_seed", "val_images", "test_images", "checkpoint_every"), 0),
+    **dict.fromkeys(
+        ("workers", "seed", "split_seed", "val_images", "test_images", "checkpoint_every"), 0
+    ),
     "least": 0,
 }
 SHARES = ("identity", "budget", "beta")
@@ -56,6 +58,8 @@ class RunConfig:
     """Precision of the forward."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
+    workers: int = 0
+    """Processes that prepare batches; any number gives the same ones."""
     checkpoint_every: int | None = None
     """Steps between checkpoints, default a tenth of all; 0 for none."""
     keep_checkpoints: int = 2

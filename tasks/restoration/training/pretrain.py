@@ -38,7 +38,8 @@ def run(config: PretrainConfig) -> dict[str, Any]:
     degradation = Prod(config.mode, config.most, config.identity, config.patch)
     source = Clean(files, degradation, config.mode)
     samples = Samples(source, config.patch, config.seed)
-    batches = Batches(samples, config.batch_size // config.accumulate)
+    batches = Batches(samples, config.batch_size // config.accumulate, workers=config.workers)
+    batches.numbers(0)  # refuses a batch that cannot be shared by the processes
     model = load_base(f"{config.net}{RANDOM}", config.seed).model
     parameters = sum(p.numel() for p in model.parameters())
     default = RUNS / re.sub(r"[^A-Za-z0-9]+", "-", f"pretrain-{config.net}-{config.mode}")
@@ -48,14 +49,17 @@ def run(config: PretrainConfig) -> dict[str, Any]:
     with taken_back_on_error(made):
         directory.write_config(config, volatile=MAY_CHANGE)
     if directory.main:
-        print(f"{config.net}: {parameters:,} parameters; {source.notes[0]}", flush=True)
-    fitted = train(
-        *(model, config, batches, directory),
-        steps=config.steps,
-        rate=config.lr,
-        floor=MIN_LR,
-        seed=config.seed,
-    )
+        print(f"{config.net}: {parameters:,} parameters", *source.notes, sep="\n", flush=True)
+    try:
+        fitted = train(
+            *(model, config, batches, directory),
+            steps=config.steps,
+            rate=config.lr,
+            floor=MIN_LR,
+            seed=config.seed,
+        )
+    finally:
+        batches.close()
     facts = {
         "net": config.net,
         "mode": config.mode,
